@@ -1,0 +1,184 @@
+//! The arithmetic of a reduction: N terms in, the same result out to M places, in one pass.
+//!
+//! ```text
+//!   for each element:  acc = widen(term[0]);  acc = acc op widen(term[k])  for k = 1..N, in this order
+//!                      avg: acc = acc / world_size
+//!                      narrow(acc) -> every destination
+//! ```
+//! Departures of the code below: it walks blocks of [`WIDTH`] elements held in registers; it is compiled for several
+//! instruction sets and picks one at run time. Every term is read and every destination written once, which is the
+//! least a sum in place of N buffers can move: a destination may be one of the terms (the block is read before it is
+//! written).
+
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
+#[cfg(target_arch = "x86_64")]
+use super::half512;
+use super::lane::{Lane, WIDTH};
+use super::simd::{self, Loop};
+use crate::dtype::{DType, ReduceOp};
+#[cfg(target_arch = "x86_64")]
+use crate::schedule::MAX_WORLD_SIZE;
+
+/// How a reduction begins and ends besides adding.
+#[derive(Clone, Copy)]
+pub(super) struct Combine {
+    pub(super) op: ReduceOp,
+    /// Divisor of `Avg`.
+    pub(super) world_size: u32,
+}
+
+/// Reduces `terms` element by element, in their order, into every one of `dests`.
+///
+/// # Safety
+/// - each term is readable and each destination writable for `len_elems` elements of `dtype`, aligned to its size;
+/// - a destination is either one of the terms, at the same address, or disjoint from all of them;
+/// - nobody else accesses any of them during the call.
+pub(super) unsafe fn combine(dtype: DType, how: Combine, terms: &[*const u8], dests: &[*mut u8], len_elems: usize) {
+    // SAFETY: the caller's promises; the type is the one of `dtype`.
+    unsafe {
+        match dtype {
+            DType::F32 => reduce::<f32>(how, terms, dests, len_elems),
+            DType::F16 => reduce_half::<f16>(how, terms, dests, len_elems),
+            DType::BF16 => reduce_half::<bf16>(how, terms, dests, len_elems),
+            DType::F64 => reduce::<f64>(how, terms, dests, len_elems),
+            DType::I32 => reduce::<i32>(how, terms, dests, len_elems),
+            DType::I64 => reduce::<i64>(how, terms, dests, len_elems),
+            DType::U8 => reduce::<u8>(how, terms, dests, len_elems),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`combine`], with elements of type `T`, f16 or bf16.
+unsafe fn reduce_half<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut u8], len_elems: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() == simd::AVX512 && len_elems >= half512::BLOCK && terms.len() <= MAX_WORLD_SIZE as usize {
+        // SAFETY: the caller's promises; the level was detected. What remains is behind the whole blocks.
+        unsafe {
+            let done = match T::DTYPE {
+                DType::F16 => half512::reduce_blocks::<{ half512::F16 }>(how, terms, dests, len_elems),
+                _ => half512::reduce_blocks::<{ half512::BF16 }>(how, terms, dests, len_elems),
+            };
+            let mut rest_terms = [std::ptr::null(); MAX_WORLD_SIZE as usize];
+            for (rest, term) in rest_terms.iter_mut().zip(terms) {
+                *rest = term.add(2 * done);
+            }
+            let mut rest_dests = [std::ptr::null_mut(); MAX_WORLD_SIZE as usize];
+            for (rest, dest) in rest_dests.iter_mut().zip(dests) {
+                *rest = dest.add(2 * done);
+            }
+            return reduce::<T>(how, &rest_terms[..terms.len()], &rest_dests[..dests.len()], len_elems - done);
+        }
+    }
+    // SAFETY: the caller's promises.
+    unsafe { reduce::<T>(how, terms, dests, len_elems) }
+}
+
+struct Reduce<'a, T> {
+    how: Combine,
+    terms: &'a [*const u8],
+    dests: &'a [*mut u8],
+    len_elems: usize,
+    element: PhantomData<T>,
+}
+
+/// # Safety
+/// As for [`combine`], with elements of type `T`.
+unsafe fn reduce<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut u8], len_elems: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { simd::run(Reduce::<T> { how, terms, dests, len_elems, element: PhantomData }) }
+}
+
+impl<T: Lane> Loop for Reduce<'_, T> {
+    #[inline(always)]
+    unsafe fn run<const LEVEL: u8>(self) {
+        let Reduce { how, terms, dests, len_elems, .. } = self;
+        let same = |acc| acc;
+        // SAFETY: the caller's promises.
+        unsafe {
+            match how.op {
+                ReduceOp::Sum => blocks::<T, LEVEL>(terms, dests, len_elems, same, T::add, same),
+                ReduceOp::Avg => {
+                    blocks::<T, LEVEL>(terms, dests, len_elems, same, T::add, |acc| T::divide(acc, how.world_size))
+                }
+                ReduceOp::Min => blocks::<T, LEVEL>(terms, dests, len_elems, same, T::min, same),
+                ReduceOp::Max => blocks::<T, LEVEL>(terms, dests, len_elems, same, T::max, same),
+                ReduceOp::PremulSum(factor) => {
+                    blocks::<T, LEVEL>(terms, dests, len_elems, |acc| T::scale(acc, factor), T::add, same)
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`combine`], and the processor has the instructions of `LEVEL`.
+#[inline(always)]
+unsafe fn blocks<T: Lane, const LEVEL: u8>(
+    terms: &[*const u8],
+    dests: &[*mut u8],
+    len_elems: usize,
+    before: impl Fn(T::Acc) -> T::Acc,
+    fold: impl Fn(T::Acc, T::Acc) -> T::Acc,
+    after: impl Fn(T::Acc) -> T::Acc,
+) {
+    let Some((first, others)) = terms.split_first() else { return };
+    let mut at = 0;
+    while at < len_elems {
+        let valid = (len_elems - at).min(WIDTH);
+        // SAFETY: `at + valid <= len_elems` elements are inside every term and destination; a destination that is also a
+        // term is written after every term of the block was read.
+        unsafe {
+            let mut acc = T::widen::<LEVEL>(&load(first.cast::<T>().add(at), valid));
+            for acc in &mut acc {
+                *acc = before(*acc);
+            }
+            for term in others {
+                let term = T::widen::<LEVEL>(&load(term.cast::<T>().add(at), valid));
+                for (acc, term) in acc.iter_mut().zip(term) {
+                    *acc = fold(*acc, before(term));
+                }
+            }
+            for acc in &mut acc {
+                *acc = after(*acc);
+            }
+            let result = T::narrow::<LEVEL>(&acc);
+            for dest in dests {
+                store(dest.cast::<T>().add(at), &result, valid);
+            }
+        }
+        at += WIDTH;
+    }
+}
+
+/// # Safety
+/// `from` is readable for `valid <= WIDTH` elements.
+#[inline(always)]
+pub(super) unsafe fn load<T: Lane>(from: *const T, valid: usize) -> [T; WIDTH] {
+    // SAFETY: the caller's promise; a short block is filled with zeroes, whose results are not stored.
+    unsafe {
+        if valid == WIDTH {
+            return from.cast::<[T; WIDTH]>().read_unaligned();
+        }
+        let mut block = [T::zeroed(); WIDTH];
+        std::ptr::copy_nonoverlapping(from, block.as_mut_ptr(), valid);
+        block
+    }
+}
+
+/// # Safety
+/// `to` is writable for `valid <= WIDTH` elements.
+#[inline(always)]
+pub(super) unsafe fn store<T: Lane>(to: *mut T, block: &[T; WIDTH], valid: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if valid == WIDTH {
+            to.cast::<[T; WIDTH]>().write_unaligned(*block);
+        } else {
+            std::ptr::copy_nonoverlapping(block.as_ptr(), to, valid);
+        }
+    }
+}

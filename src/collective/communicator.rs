@@ -1,0 +1,468 @@
+//! The communicator: validates, gives an order, hands to a stream.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::descriptor::{Descriptor, Kind, Partials};
+use super::executor::{Group, Job, Operand};
+use super::operation::{Log, Operation, operand, perform};
+use super::work::{Pool, Work};
+use crate::device::{Buffer, Event, Memory, Stream};
+use crate::dtype::{DType, ReduceOp};
+use crate::error::{Error, Result};
+use crate::schedule::Algorithm;
+use crate::telemetry::Timeline;
+use crate::world::{MAX_GROUPS, Region, World};
+
+/// Time beyond the operation's own deadline that a caller waits for a queued operation: the deadline reports the cause.
+const QUEUE_GRACE: Duration = Duration::from_secs(1_200);
+
+/// The memory that an operation touches.
+type Held<'a> = [Option<&'a Arc<dyn Memory>>; 2];
+
+/// How a communicator works. Every rank passes the same.
+#[derive(Clone, Default)]
+pub struct CollectiveOptions {
+    /// Force an algorithm; by default the library chooses by size and memory (all choices but `Ring` add in rank order
+    /// and give the same bits).
+    pub algorithm: Option<Algorithm>,
+    /// How partial sums of 16-bit floats travel in a ring.
+    pub partials: Partials,
+    /// Deadline of an operation (not of making the communicator); by default the world's.
+    pub timeout: Option<Duration>,
+    /// Where operations are recorded, on the track `communication`.
+    pub timeline: Timeline,
+}
+
+/// Collective operations among a group of ranks, in one order.
+///
+/// Every rank of the group issues the same operations in the same order; before payload moves they compare what they
+/// issued, and a difference is [`Error::Mismatch`] on every rank. Arguments that cannot be are refused before anything
+/// happens. After any other error the job has failed and every communicator of it is poisoned: every later call returns
+/// [`Error::Poisoned`].
+///
+/// # Synchronization
+/// Operations on a stream run after what was enqueued there before. One communicator's operations run in the order in
+/// which they were issued even on different streams. The slice forms (`all_reduce_slice` ..) block and run on the
+/// calling thread, after all operations issued before.
+pub struct Communicator {
+    group: Arc<Group>,
+    options: CollectiveOptions,
+    log: Log,
+    sequence: u64,
+    /// Stream of the operation issued last: the next one runs behind it.
+    last: Option<Stream>,
+    order: Event,
+    pool: Pool,
+}
+
+impl Communicator {
+    /// The communicator of all ranks of `world`. Collective: every rank calls it, in the same order as other
+    /// constructors and splits. It is made on every rank or on none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on every rank if the world's group areas are used up; [`Error::NoSpace`] on a rank that
+    /// gets no memory and [`Error::RankFailed`] on the others; the world's fault.
+    pub fn new(world: &World, options: CollectiveOptions) -> Result<Communicator> {
+        let timeout = world.options().timeout;
+        let claimed = (world.rank() == 0).then(|| world.claim_group());
+        let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
+        let Some(index) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
+            return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
+        };
+        let region = world.group_area(index);
+        let trouble = region.as_ref().err().map(Error::to_string).unwrap_or_default();
+        let troubles = world.all_gather_bytes(trouble.as_bytes(), timeout)?;
+        let first = troubles.iter().zip(0..).find(|(trouble, _)| !trouble.is_empty());
+        match (region, first) {
+            (Ok(region), None) => {
+                let members = (0..world.world_size()).collect();
+                Ok(Communicator::over(world.clone(), index, region, world.rank(), members, options))
+            }
+            (region, first) => {
+                if world.rank() == 0 {
+                    world.release_group(index)?; // nobody has used it
+                }
+                let (reason, rank) =
+                    first.map_or((Default::default(), 0), |(text, rank)| (String::from_utf8_lossy(text), rank));
+                Err(region.err().unwrap_or_else(|| Error::RankFailed { rank, reason: reason.into_owned() }))
+            }
+        }
+    }
+
+    fn over(
+        world: World,
+        index: u32,
+        region: Region,
+        rank: u32,
+        members: Vec<u32>,
+        options: CollectiveOptions,
+    ) -> Communicator {
+        let group = Group {
+            region,
+            index,
+            rank,
+            pacing: world.pacing(),
+            timeout: options.timeout.unwrap_or(world.options().timeout),
+            warn_after: world.options().warn_after,
+            members,
+            world,
+        };
+        Communicator {
+            group: Arc::new(group),
+            log: Log { track: options.timeline.track("communication"), timeline: options.timeline.clone() },
+            options,
+            sequence: 0,
+            last: None,
+            order: Event::new(),
+            pool: Pool::new(),
+        }
+    }
+
+    /// Splits the group: ranks that pass the same `color` form a new one, ordered by `key`, then by rank; `None` joins no
+    /// group. Collective over this communicator. A new group is made on every member or on none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on every member of a group for which no area is left; [`Error::NoSpace`] on a member that
+    /// gets no memory and [`Error::RankFailed`] on the others; else as any operation.
+    pub fn split(&mut self, color: Option<u32>, key: u32) -> Result<Option<Communicator>> {
+        let mine = [color.map_or(-1, i64::from), i64::from(key)];
+        let mut all = vec![0i64; 2 * self.world_size() as usize];
+        self.all_gather_slice(&mine, &mut all)?;
+        let mut members: Vec<(i64, u32)> = (0..self.world_size())
+            .filter(|rank| color.is_some() && all[2 * *rank as usize] == mine[0])
+            .map(|rank| (all[2 * rank as usize + 1], rank))
+            .collect();
+        members.sort_unstable();
+        let members: Vec<u32> = members.into_iter().map(|(_, rank)| rank).collect();
+        // The first member claims an area and tells the others which, or that there is none.
+        let claimed = (members.first() == Some(&self.rank())).then(|| self.group.world.claim_group());
+        let index = claimed.as_ref().and_then(|claimed| claimed.as_ref().ok().copied());
+        let indices = self.gather(index.map_or(-1, i64::from))?;
+        let index = members.first().and_then(|first| u32::try_from(indices[*first as usize]).ok());
+        let region = index.map(|index| self.group.world.group_area(index));
+        let have = self.gather(i64::from(matches!(region, Some(Ok(_)))))?;
+        let Some(rank) = members.iter().position(|member| *member == self.rank()) else { return Ok(None) };
+        let (Some(index), Some(region)) = (index, region) else {
+            return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
+        };
+        let world = &self.group.world;
+        match (region, members.iter().find(|member| have[**member as usize] == 0)) {
+            (Ok(region), None) => {
+                let members = members.iter().map(|member| self.group.members[*member as usize]).collect();
+                let (world, options) = (world.clone(), self.options.clone());
+                Ok(Some(Communicator::over(world, index, region, rank as u32, members, options)))
+            }
+            (region, without) => {
+                if rank == 0 {
+                    world.release_group(index)?; // nobody has used it
+                }
+                let without = without.map_or(world.rank(), |member| self.group.members[*member as usize]);
+                let reason = || "it has no memory for the communicator's area".to_owned();
+                Err(region.err().unwrap_or_else(|| Error::RankFailed { rank: without, reason: reason() }))
+            }
+        }
+    }
+
+    /// Every rank's `value`.
+    fn gather(&mut self, value: i64) -> Result<Vec<i64>> {
+        let mut values = vec![0; self.world_size() as usize];
+        self.all_gather_slice(&[value], &mut values)?;
+        Ok(values)
+    }
+
+    /// This rank's number in the group.
+    pub fn rank(&self) -> u32 {
+        self.group.rank
+    }
+
+    /// Number of ranks in the group.
+    pub fn world_size(&self) -> u32 {
+        self.group.world_size()
+    }
+
+    /// The world the group is part of.
+    pub fn world(&self) -> &World {
+        &self.group.world
+    }
+
+    /// The group's members as ranks of the world, in group order.
+    pub fn members(&self) -> &[u32] {
+        &self.group.members
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn group(&self) -> Arc<Group> {
+        Arc::clone(&self.group)
+    }
+
+    /// Reduces `buffer` in place: afterwards every rank holds the same reduction over all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] after an earlier error; [`Error::Unsupported`] if `op` is not defined for the dtype;
+    /// [`Error::Stream`], which ends the job. The buffer is dropped then. What goes wrong later is returned by
+    /// [`Work::wait`].
+    ///
+    /// # Synchronization
+    /// Returns once enqueued; runs on `stream`.
+    pub fn all_reduce(&mut self, buffer: Buffer, op: ReduceOp, stream: &Stream) -> Result<Work<Buffer>> {
+        let call = self.call(Kind::AllReduce, buffer.dtype(), buffer.len_elems(), op, 0)?;
+        let operand = operand(&self.group, &buffer, 0);
+        self.issue(call, operand, operand, buffer, stream, one)
+    }
+
+    /// Out of place: reduces `src` into `dst`. Returns both.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Communicator::all_reduce); [`Error::LengthMismatch`] and [`Error::DTypeMismatch`] if the buffers
+    /// differ.
+    pub fn all_reduce_into(
+        &mut self,
+        src: Buffer,
+        dst: Buffer,
+        op: ReduceOp,
+        stream: &Stream,
+    ) -> Result<Work<(Buffer, Buffer)>> {
+        let call = self.call(Kind::AllReduce, src.dtype(), src.len_elems(), op, 0)?;
+        check_pair("all_reduce_into", &src, &dst, src.len_elems())?;
+        self.issue_pair(call, src, dst, stream)
+    }
+
+    /// Reduces `src` (`world_size` shards) and leaves shard `rank` of the result in `dst` (one shard). Returns both.
+    ///
+    /// # Errors
+    /// As [`all_reduce_into`](Communicator::all_reduce_into).
+    pub fn reduce_scatter(
+        &mut self,
+        src: Buffer,
+        dst: Buffer,
+        op: ReduceOp,
+        stream: &Stream,
+    ) -> Result<Work<(Buffer, Buffer)>> {
+        let call = self.call(Kind::ReduceScatter, src.dtype(), src.len_elems(), op, 0)?;
+        check_pair("reduce_scatter: src", &dst, &src, self.shards(dst.len_elems())?)?;
+        self.issue_pair(call, src, dst, stream)
+    }
+
+    /// In place: afterwards shard `rank` of `buffer` (`world_size` shards) holds the reduction; the rest is as it was.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Communicator::all_reduce); [`Error::InvalidArgument`] if the length is no multiple of the world
+    /// size.
+    pub fn reduce_scatter_in_place(&mut self, buffer: Buffer, op: ReduceOp, stream: &Stream) -> Result<Work<Buffer>> {
+        let call = self.call(Kind::ReduceScatter, buffer.dtype(), buffer.len_elems(), op, 0)?;
+        let own = operand(&self.group, &buffer, self.own_shard_bytes(&buffer)?);
+        self.issue(call, operand(&self.group, &buffer, 0), own, buffer, stream, one)
+    }
+
+    /// Gathers every rank's `src` (one shard) into `dst` (`world_size` shards, in rank order). Returns both.
+    ///
+    /// # Errors
+    /// As [`all_reduce_into`](Communicator::all_reduce_into).
+    pub fn all_gather(&mut self, src: Buffer, dst: Buffer, stream: &Stream) -> Result<Work<(Buffer, Buffer)>> {
+        let call = self.call(Kind::AllGather, src.dtype(), dst.len_elems(), ReduceOp::Sum, 0)?;
+        check_pair("all_gather: dst", &src, &dst, self.shards(src.len_elems())?)?;
+        self.issue_pair(call, src, dst, stream)
+    }
+
+    /// In place: shard `rank` of `buffer` (`world_size` shards) is this rank's contribution.
+    ///
+    /// # Errors
+    /// As [`reduce_scatter_in_place`](Communicator::reduce_scatter_in_place).
+    pub fn all_gather_in_place(&mut self, buffer: Buffer, stream: &Stream) -> Result<Work<Buffer>> {
+        let call = self.call(Kind::AllGather, buffer.dtype(), buffer.len_elems(), ReduceOp::Sum, 0)?;
+        let own = operand(&self.group, &buffer, self.own_shard_bytes(&buffer)?);
+        self.issue(call, own, operand(&self.group, &buffer, 0), buffer, stream, one)
+    }
+
+    /// Every rank's `buffer` becomes that of rank `root` of the group.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if `root` is no rank of the group; else as [`all_reduce`](Communicator::all_reduce).
+    pub fn broadcast(&mut self, buffer: Buffer, root: u32, stream: &Stream) -> Result<Work<Buffer>> {
+        let call = self.call(Kind::Broadcast, buffer.dtype(), buffer.len_elems(), ReduceOp::Sum, root)?;
+        let operand = operand(&self.group, &buffer, 0);
+        self.issue(call, operand, operand, buffer, stream, one)
+    }
+
+    /// Completes once every rank's stream has come to its barrier.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Communicator::all_reduce).
+    pub fn barrier(&mut self, stream: &Stream) -> Result<Work<()>> {
+        let call = self.call(Kind::Barrier, DType::U8, 0, ReduceOp::Sum, 0)?;
+        self.issue(call, Operand::NONE, Operand::NONE, (), stream, |()| [None, None])
+    }
+
+    /// The next operation of this communicator, if there may be one.
+    pub(super) fn call(
+        &self,
+        kind: Kind,
+        dtype: DType,
+        len_elems: usize,
+        op: ReduceOp,
+        root: u32,
+    ) -> Result<Descriptor> {
+        if let Some(cause) = self.group.world.fault() {
+            return Err(Error::Poisoned { cause: Box::new(cause) });
+        }
+        if root >= self.world_size() {
+            return Err(Error::InvalidArgument {
+                argument: "root",
+                value: root.to_string(),
+                accepted: "must be a rank of the group",
+            });
+        }
+        op.check(dtype)?;
+        let how = (self.options.algorithm, self.options.partials);
+        Ok(Descriptor::new(self.sequence + 1, kind, dtype, len_elems, op, root, how))
+    }
+
+    fn issue_pair(
+        &mut self,
+        call: Descriptor,
+        src: Buffer,
+        dst: Buffer,
+        stream: &Stream,
+    ) -> Result<Work<(Buffer, Buffer)>> {
+        let (from, to) = (operand(&self.group, &src, 0), operand(&self.group, &dst, 0));
+        self.issue(call, from, to, (src, dst), stream, |(src, dst)| [Some(src.memory()), Some(dst.memory())])
+    }
+
+    /// Hands an operation that owns `buffers` to `stream`, or runs it now if that is immediate; `held` names the memory it
+    /// touches.
+    fn issue<B>(
+        &mut self,
+        descriptor: Descriptor,
+        src: Operand,
+        dst: Operand,
+        buffers: B,
+        stream: &Stream,
+        held: fn(&B) -> Held<'_>,
+    ) -> Result<Work<B>> {
+        let job = Job { descriptor, src, dst };
+        self.sequence += 1;
+        self.line_up(stream).map_err(|error| self.stopped(error))?;
+        if stream.is_immediate() {
+            let memory = held(&buffers).map(|memory| memory.map(|memory| &**memory));
+            // SAFETY: the operands point into `buffers`, which are not given back before the operation has ended, and never
+            // after an error; their lengths were checked against the descriptor; the communicator lines its operations up.
+            let run = || unsafe { perform(&self.group, &self.log, &job, memory) };
+            let result = stream.run(run).map_err(|error| self.stopped(error))?;
+            return Ok(Work::ended(buffers, result));
+        }
+        let memory = held(&buffers).map(|memory| memory.cloned());
+        let (completion, promise) = self.pool.take();
+        let operation = Operation { memory, log: self.log.clone(), group: Arc::clone(&self.group), job, promise };
+        stream.enqueue(move || operation.run()).map_err(|error| self.stopped(error))?;
+        // The deadline of the operation counts from where it begins.
+        let timeout = self.group.timeout.saturating_add(QUEUE_GRACE);
+        Ok(Work::in_flight(buffers, completion, timeout))
+    }
+
+    /// Runs an operation on the calling thread, behind those issued before.
+    ///
+    /// # Safety
+    /// `src` and `dst` are private and valid for what the descriptor says.
+    pub(super) unsafe fn run_now(&mut self, descriptor: Descriptor, src: Operand, dst: Operand) -> Result<()> {
+        self.sequence += 1;
+        let job = Job { descriptor, src, dst };
+        // SAFETY: the caller's promise; private operands are touched by nobody else, also after an error.
+        let run = || unsafe { perform(&self.group, &self.log, &job, [None, None]) };
+        match &self.last {
+            Some(last) => last.run(run).map_err(|error| self.stopped(error))?,
+            None => run(),
+        }
+    }
+
+    /// One order: the operation issued last, on another stream, comes first.
+    fn line_up(&mut self, stream: &Stream) -> Result<()> {
+        match &self.last {
+            Some(last) if last.is_same(stream) => return Ok(()),
+            Some(last) => {
+                last.record(&self.order)?;
+                stream.wait(&self.order)?;
+            }
+            None => {}
+        }
+        self.last = Some(stream.clone());
+        Ok(())
+    }
+
+    /// A stream that does not take an operation ends the job: the peers would wait for it.
+    #[cold]
+    fn stopped(&self, error: Error) -> Error {
+        self.group.world.raise(error.clone());
+        error
+    }
+
+    /// Elements of `world_size` shards.
+    pub(super) fn shards(&self, shard_elems: usize) -> Result<usize> {
+        shard_elems.checked_mul(self.world_size() as usize).ok_or_else(|| Error::SizeOverflow {
+            what: "the shards of all ranks",
+            detail: format!("{shard_elems} elements x {} ranks", self.world_size()),
+        })
+    }
+
+    /// Where this rank's shard begins.
+    fn own_shard_bytes(&self, buffer: &Buffer) -> Result<usize> {
+        let world_size = self.world_size() as usize;
+        if !buffer.len_elems().is_multiple_of(world_size) {
+            return Err(Error::InvalidArgument {
+                argument: "buffer length",
+                value: format!("{} elements", buffer.len_elems()),
+                accepted: "must be a multiple of the group's size",
+            });
+        }
+        Ok(buffer.len_bytes() / world_size * self.rank() as usize)
+    }
+}
+
+impl std::fmt::Debug for Communicator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Communicator")
+            .field("rank", &self.group.rank)
+            .field("members", &self.group.members)
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
+    }
+}
+
+// Operations in flight hold the group: who lets go of it last leaves.
+impl Drop for Group {
+    fn drop(&mut self) {
+        // The last member to leave gives the area back. AcqRel: everything the others did to the area comes before.
+        let departed = &self.area(0).departed;
+        let last = departed.fetch_add(1, Ordering::AcqRel) + 1 == self.world_size();
+        if last && self.world.fault().is_none() {
+            // An area that cannot be given back is one fewer to use; nothing else depends on it.
+            if let Err(error) = self.world.release_group(self.index) {
+                tracing::warn!(%error, group = self.index, "could not give back a communicator's area");
+            }
+        }
+    }
+}
+
+fn one(buffer: &Buffer) -> Held<'_> {
+    [Some(buffer.memory()), None]
+}
+
+fn no_area() -> Error {
+    Error::InvalidArgument {
+        argument: "communicators alive",
+        value: (MAX_GROUPS + 1).to_string(),
+        accepted: "16 communicators at most may be alive at once",
+    }
+}
+
+fn check_pair(what: &str, like: &Buffer, other: &Buffer, expected_elems: usize) -> Result<()> {
+    if other.dtype() != like.dtype() {
+        return Err(Error::DTypeMismatch { what: what.to_owned(), expected: like.dtype(), actual: other.dtype() });
+    }
+    if other.len_elems() != expected_elems {
+        let actual_elems = other.len_elems();
+        return Err(Error::LengthMismatch { what: what.to_owned(), expected_elems, actual_elems });
+    }
+    Ok(())
+}

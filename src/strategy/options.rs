@@ -1,0 +1,96 @@
+//! What a strategy is set up with.
+
+use crate::collective::CollectiveOptions;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::ops::GradScaler;
+use crate::strategy::Precision;
+use crate::telemetry::Timeline;
+use crate::world::WorldOptions;
+
+/// Options of [`SingleDevice`](super::SingleDevice) and [`Ddp`](super::Ddp). Every rank passes the same.
+///
+/// ```
+/// use annulus::strategy::{Precision, StrategyOptions};
+/// let options = StrategyOptions { precision: Precision::Bf16Mixed, seed: 7, ..StrategyOptions::default() };
+/// ```
+#[derive(Clone)]
+pub struct StrategyOptions {
+    /// Which numbers the model is trained in.
+    pub precision: Precision,
+    /// Type in which gradients are accumulated and reduced; by default the precision's.
+    pub gradient_dtype: Option<DType>,
+    /// Most bytes of a gradient bucket; a parameter with a larger gradient has a bucket of its own. 25 MiB.
+    pub bucket_bytes: usize,
+    /// Most bytes of the bucket that is reduced first: a small one lets communication begin early. 1 MiB.
+    pub first_bucket_bytes: usize,
+    /// Seed of data orders and of stochastic rounding.
+    pub seed: u64,
+    /// Round weights without master weights (`Bf16True`, `F16True`) up or down at random, right on average, instead of to
+    /// nearest, where small updates are lost. The bits depend on seed, step and element alone. Off.
+    pub stochastic_rounding: bool,
+    /// The loss scaler that precisions with a scaled loss begin with.
+    pub scaler: GradScaler,
+    /// How ranks meet and how long they wait. The deadline of an operation is `world.timeout`, 600 s.
+    pub world: WorldOptions,
+    /// How ranks exchange data.
+    pub collective: CollectiveOptions,
+    /// Where backward, reductions and steps are recorded. Off.
+    pub timeline: Timeline,
+}
+
+impl Default for StrategyOptions {
+    fn default() -> Self {
+        StrategyOptions {
+            precision: Precision::default(),
+            gradient_dtype: None,
+            bucket_bytes: 25 << 20,
+            first_bucket_bytes: 1 << 20,
+            seed: 0,
+            stochastic_rounding: false,
+            scaler: GradScaler::default(),
+            world: WorldOptions::default(),
+            collective: CollectiveOptions::default(),
+            timeline: Timeline::disabled(),
+        }
+    }
+}
+
+impl StrategyOptions {
+    /// Type in which gradients are accumulated and reduced.
+    pub fn gradient_dtype(&self) -> DType {
+        self.gradient_dtype.unwrap_or(self.precision.gradient_dtype())
+    }
+
+    /// Fails unless every option is in its range.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] names it.
+    pub fn check(&self) -> Result<()> {
+        if self.bucket_bytes == 0 || self.first_bucket_bytes == 0 {
+            return Err(Error::InvalidArgument {
+                argument: "bucket_bytes, first_bucket_bytes",
+                value: format!("{}, {}", self.bucket_bytes, self.first_bucket_bytes),
+                accepted: "a bucket holds at least one byte",
+            });
+        }
+        if !matches!(self.gradient_dtype(), DType::F32 | DType::BF16 | DType::F16) {
+            return Err(Error::Unsupported { op: "gradients".to_owned(), dtype: self.gradient_dtype() });
+        }
+        self.scaler.check()
+    }
+}
+
+impl std::fmt::Debug for StrategyOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StrategyOptions")
+            .field("precision", &self.precision)
+            .field("gradient_dtype", &self.gradient_dtype())
+            .field("bucket_bytes", &self.bucket_bytes)
+            .field("first_bucket_bytes", &self.first_bucket_bytes)
+            .field("seed", &self.seed)
+            .field("stochastic_rounding", &self.stochastic_rounding)
+            .field("world", &self.world)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,226 @@
+//! Backward: gradients into buckets, full buckets into reduction.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Replica;
+use crate::collective::Communicator;
+use crate::device::{Event, Stream};
+use crate::dtype::ReduceOp;
+use crate::error::{Error, Result};
+use crate::ops::{Slice, SliceMut};
+use crate::strategy::bucket::Gradients;
+use crate::strategy::gate::{Gate, lock};
+use crate::strategy::gradient::{BucketProgress, GradSink, Receiver, contribute};
+use crate::strategy::module::{Module, Parameter};
+use crate::strategy::statistics::Counters;
+use crate::telemetry::trace::now_ns;
+
+/// While it lives, backward accumulates gradients without reducing them. Made by `Strategy::no_backward_sync`; dropping
+/// it restores what was before.
+#[must_use = "gradients are reduced again as soon as it is dropped"]
+#[derive(Debug)]
+pub struct NoSyncGuard {
+    synchronize: Arc<AtomicBool>,
+    previous: bool,
+}
+
+impl Drop for NoSyncGuard {
+    fn drop(&mut self) {
+        // Relaxed: read by the thread that calls backward, which is the one that holds the strategy.
+        self.synchronize.store(self.previous, Ordering::Relaxed);
+    }
+}
+
+impl Replica {
+    pub fn no_backward_sync(&self, module: &dyn Module, enabled: bool) -> Result<NoSyncGuard> {
+        self.module_number(module)?;
+        // Relaxed: see the guard.
+        let previous = match enabled {
+            true => self.synchronize.swap(false, Ordering::Relaxed),
+            false => self.synchronize.load(Ordering::Relaxed),
+        };
+        Ok(NoSyncGuard { synchronize: Arc::clone(&self.synchronize), previous })
+    }
+
+    /// Reports the error of a norm that was to be reported by the next call.
+    pub(super) fn report_deferred(&mut self) -> Result<()> {
+        let Some(slot) = self.deferred.take() else { return Ok(()) };
+        slot.measured.synchronize(self.gate.timeout())?;
+        match lock(&slot.nonfinite).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    pub fn run_backward(
+        &mut self,
+        module: &dyn Module,
+        body: &mut dyn FnMut(&mut GradSink<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let number = self.module_number(module)?;
+        self.report_deferred()?;
+        // The loss scale is that which the step in flight leaves behind.
+        self.gate.wait()?;
+        let start_ns = now_ns();
+        let synchronize = !self.reduces || self.synchronize.load(Ordering::Relaxed);
+        let gradients = &mut self.modules[number].gradients;
+        if !gradients.has_any() {
+            gradients.loss_scale = match self.options.precision.scales_loss() {
+                true => lock(&self.scaler).scale(),
+                false => 1.0,
+            };
+        }
+        gradients.begin();
+        let loss_scale = gradients.loss_scale;
+        let mut backward = RunningBackward {
+            number,
+            gradients,
+            communicator: &mut self.communicator,
+            reduces: self.reduces && synchronize,
+            synchronize,
+            compute: &self.compute,
+            communication: &self.communication,
+            filled: &self.filled,
+            gate: &self.gate,
+            counters: &self.counters,
+        };
+        let done = body(&mut GradSink::new(&mut backward, loss_scale)).and_then(|()| backward.finish());
+        if let Err(error) = done {
+            let reduces = backward.reduces;
+            let all = 0..gradients.parameters.len();
+            gradients.discard(all);
+            if reduces && self.world.world_size() > 1 {
+                // The other ranks wait for reductions that this one will not start.
+                let reason = format!("in backward: {error}");
+                self.world.raise(Error::RankFailed { rank: self.world.rank(), reason });
+                self.gate.fail(error.clone());
+            }
+            return Err(error);
+        }
+        gradients.unreduced = !synchronize;
+        let end_ns = now_ns();
+        Counters::add(&self.counters.backwards, 1);
+        Counters::add(&self.counters.backward_ns, end_ns.saturating_sub(start_ns));
+        self.options.timeline.span(self.track, "backward", self.backwards, start_ns, end_ns, 0);
+        self.backwards = self.backwards.wrapping_add(1);
+        Ok(())
+    }
+}
+
+/// A backward that is going on.
+struct RunningBackward<'r> {
+    number: usize,
+    gradients: &'r mut Gradients,
+    communicator: &'r mut Communicator,
+    /// Whether full buckets are reduced.
+    reduces: bool,
+    /// Whether gradients are complete after this backward.
+    synchronize: bool,
+    compute: &'r Stream,
+    communication: &'r Stream,
+    filled: &'r Event,
+    gate: &'r Gate,
+    counters: &'r Arc<Counters>,
+}
+
+impl Receiver for RunningBackward<'_> {
+    fn receive(&mut self, parameter: &Parameter, gradient: Slice<'_>, is_last: bool) -> Result<()> {
+        self.gate.check()?;
+        let slot = parameter.slot().filter(|slot| slot.module == self.number && parameter.gate().is_same(self.gate));
+        let index = slot.map(|slot| slot.parameter).ok_or_else(|| Error::InvalidArgument {
+            argument: "parameter",
+            value: format!("{:?}", parameter.name()),
+            accepted: "a parameter of the module that backward was called with",
+        })?;
+        if self.gradients.is_ready(index) {
+            return Err(Error::InvalidArgument {
+                argument: "gradient",
+                value: format!("a second one of parameter {:?}", parameter.name()),
+                accepted: "one final gradient for each parameter and backward; contributions before it go through add",
+            });
+        }
+        if gradient.len_elems() != parameter.len_elems() {
+            return Err(Error::LengthMismatch {
+                what: format!("gradient of parameter {:?}", parameter.name()),
+                expected_elems: parameter.len_elems(),
+                actual_elems: gradient.len_elems(),
+            });
+        }
+        let replace = self.gradients.touch(index);
+        let place = &self.gradients.gradients[index];
+        self.compute.run(|| place.write(|target| contribute(target, gradient, replace)))??;
+        if is_last {
+            self.gradients.set_ready(index);
+            self.launch_full()?;
+        }
+        Ok(())
+    }
+
+    fn is_synchronizing(&self) -> bool {
+        self.synchronize
+    }
+
+    fn buckets(&self) -> BucketProgress {
+        let launched = self.gradients.launched();
+        let reduced = match self.reduces {
+            true => self.gradients.buckets[..launched].iter().filter(|bucket| bucket.is_reduced()).count(),
+            false => 0,
+        };
+        BucketProgress { total: self.gradients.buckets.len(), launched, reduced }
+    }
+}
+
+impl RunningBackward<'_> {
+    /// Starts the reductions whose turn has come.
+    fn launch_full(&mut self) -> Result<()> {
+        if !self.reduces {
+            return Ok(());
+        }
+        while let Some(bucket) = self.gradients.take_full() {
+            let size_bytes = self.gradients.bucket_bytes(bucket) as u64;
+            // The whole overlap: what fills the next bucket goes on while this one is reduced behind the event.
+            self.compute.record(self.filled)?;
+            self.communication.wait(self.filled)?;
+            let counters = Arc::clone(self.counters);
+            self.communication.enqueue(move || counters.reduction_start_ns.store(now_ns(), Ordering::Relaxed))?;
+            let (communicator, communication) = (&mut *self.communicator, self.communication);
+            self.gradients.buckets[bucket]
+                .launch(|buffer| communicator.all_reduce(buffer, ReduceOp::Avg, communication))?;
+            let counters = Arc::clone(self.counters);
+            self.communication.enqueue(move || {
+                let start_ns = counters.reduction_start_ns.load(Ordering::Relaxed);
+                Counters::add(&counters.reduction_ns, now_ns().saturating_sub(start_ns));
+                Counters::add(&counters.reduced_bytes, size_bytes);
+            })?;
+            self.gradients.unjoined = true;
+        }
+        Ok(())
+    }
+
+    /// No gradient comes any more.
+    fn finish(&mut self) -> Result<()> {
+        for index in 0..self.gradients.parameters.len() {
+            // A parameter that was not used has a gradient of zero, on every rank or on this one only: the average needs
+            // it. Without a reduction what earlier micro-batches left is complete as it is.
+            if self.synchronize && !self.gradients.has(index) {
+                self.gradients.touch(index);
+                let place = &self.gradients.gradients[index];
+                self.compute.run(|| {
+                    place.write(|target| {
+                        match target {
+                            SliceMut::F32(elements) => elements.fill(0.0),
+                            SliceMut::F16(elements) => elements.fill(half::f16::ZERO),
+                            SliceMut::BF16(elements) => elements.fill(half::bf16::ZERO),
+                            SliceMut::F64(elements) => elements.fill(0.0),
+                        }
+                        Ok(())
+                    })
+                })??;
+            }
+            self.gradients.set_ready(index);
+            self.launch_full()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! A buffer with a shape: what collectives, batches and state dicts are made of.
+
+use std::fmt;
+
+use half::{bf16, f16};
+
+use crate::device::Buffer;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("checkpoints hold little-endian elements and are read and written as they are in memory");
+
+/// A dense row-major tensor.
+///
+/// It is storage with a shape, not a tensor of an autograd library: it knows no arithmetic.
+pub struct Tensor {
+    shape: Vec<usize>,
+    buffer: Buffer,
+}
+
+impl Tensor {
+    /// A private tensor of zeroes. `Strategy::alloc` makes one that peers reach directly.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`] if the product of the dimensions wraps, [`Error::NoSpace`] if there is no memory.
+    pub fn zeroed(shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Ok(Tensor { shape: shape.to_vec(), buffer: Buffer::zeroed(dtype, len_elems(shape)?)? })
+    }
+
+    /// A private copy of `elements`, row-major.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] if the shape does not hold that many, and as [`zeroed`](Tensor::zeroed).
+    pub fn from_slice<T: Element>(shape: &[usize], elements: &[T]) -> Result<Tensor> {
+        Tensor::from_buffer(shape, Buffer::from_slice(elements)?)
+    }
+
+    /// Gives `buffer` a shape.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] if the shape does not hold as many elements as the buffer.
+    pub fn from_buffer(shape: &[usize], buffer: Buffer) -> Result<Tensor> {
+        if len_elems(shape)? != buffer.len_elems() {
+            return Err(Error::ShapeMismatch {
+                what: format!("tensor over a buffer of {} elements", buffer.len_elems()),
+                expected: vec![buffer.len_elems()],
+                actual: shape.to_vec(),
+            });
+        }
+        Ok(Tensor { shape: shape.to_vec(), buffer })
+    }
+
+    /// The dimensions, slowest first. Empty for a scalar.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.buffer.dtype()
+    }
+
+    /// Number of elements.
+    pub fn len_elems(&self) -> usize {
+        self.buffer.len_elems()
+    }
+
+    /// The elements, row-major.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`] if `T` is not the element type.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
+        self.buffer.as_slice()
+    }
+
+    /// The elements, to write.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`] if `T` is not the element type.
+    pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
+        self.buffer.as_mut_slice()
+    }
+
+    /// The storage.
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    /// Gives up the shape.
+    pub fn into_buffer(self) -> Buffer {
+        self.buffer
+    }
+
+    pub(crate) fn buffer_mut(&mut self) -> &mut Buffer {
+        &mut self.buffer
+    }
+
+    /// Replaces the storage by what `operation` makes of it, or, if it fails, by zeroes.
+    pub(crate) fn with_buffer(&mut self, operation: impl FnOnce(Buffer) -> Result<Buffer>) -> Result<()> {
+        let (dtype, len_elems) = (self.dtype(), self.len_elems());
+        match operation(std::mem::replace(&mut self.buffer, Buffer::zeroed(dtype, 0)?)) {
+            Ok(buffer) => {
+                self.buffer = buffer;
+                Ok(())
+            }
+            Err(error) => {
+                self.buffer = Buffer::zeroed(dtype, len_elems)?;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({} {:?})", self.dtype(), self.shape)
+    }
+}
+
+/// Two tensors are equal if they have the same type, shape and bits; so NaN equals itself and 0.0 is not -0.0.
+impl PartialEq for Tensor {
+    fn eq(&self, other: &Tensor) -> bool {
+        self.shape == other.shape && self.dtype() == other.dtype() && bytes(&self.buffer) == bytes(&other.buffer)
+    }
+}
+
+/// Elements of a tensor of this shape.
+pub(crate) fn len_elems(shape: &[usize]) -> Result<usize> {
+    shape
+        .iter()
+        .try_fold(1_usize, |product, dim| product.checked_mul(*dim))
+        .ok_or_else(|| Error::SizeOverflow { what: "number of elements", detail: format!("shape {shape:?}") })
+}
+
+/// Runs `$body` with `$T` as the Rust type of elements of type `$dtype`.
+macro_rules! with_element {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::dtype::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::dtype::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            $crate::dtype::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::dtype::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            $crate::dtype::DType::I32 => {
+                type $T = i32;
+                $body
+            }
+            $crate::dtype::DType::I64 => {
+                type $T = i64;
+                $body
+            }
+            $crate::dtype::DType::U8 => {
+                type $T = u8;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_element;
+
+/// The bytes of a buffer.
+pub(crate) fn bytes(buffer: &Buffer) -> &[u8] {
+    // The arm taken is that of the buffer's own type, so there is always a slice.
+    with_element!(buffer.dtype(), T => bytemuck::cast_slice(buffer.as_slice::<T>().unwrap_or(&[])))
+}
+
+/// The bytes of a buffer, to write.
+pub(crate) fn bytes_mut(buffer: &mut Buffer) -> &mut [u8] {
+    with_element!(buffer.dtype(), T => bytemuck::cast_slice_mut(buffer.as_mut_slice::<T>().unwrap_or(&mut [])))
+}
+
+/// Copies `source` into `target` element by element, converting through f32 (nearest, ties to even): how a parameter of any
+/// float type is filled.
+pub(crate) fn fill_from_f32(target: &mut Buffer, source: &[f32]) -> Result<()> {
+    if target.len_elems() != source.len() {
+        return Err(Error::LengthMismatch {
+            what: "initial values".to_owned(),
+            expected_elems: target.len_elems(),
+            actual_elems: source.len(),
+        });
+    }
+    match target.dtype() {
+        DType::F32 => target.as_mut_slice::<f32>()?.copy_from_slice(source),
+        DType::BF16 => {
+            target.as_mut_slice::<bf16>()?.iter_mut().zip(source).for_each(|(to, from)| *to = bf16::from_f32(*from));
+        }
+        DType::F16 => {
+            target.as_mut_slice::<f16>()?.iter_mut().zip(source).for_each(|(to, from)| *to = f16::from_f32(*from));
+        }
+        DType::F64 => {
+            target.as_mut_slice::<f64>()?.iter_mut().zip(source).for_each(|(to, from)| *to = f64::from(*from));
+        }
+        dtype => return Err(Error::Unsupported { op: "filling from f32".to_owned(), dtype }),
+    }
+    Ok(())
+}
