@@ -19,6 +19,7 @@
 //! | [`error`], [`dtype`] | the words every layer shares |
 //! | [`schedule`] | which rank moves which chunk when: pure data |
 //! | [`reference`](mod@reference) | the specification: every operation once more, naive |
+//! | [`abi`], [`kernels`] | what host and CUDA kernels say to each other; the kernels' PTX |
 //! | [`world`] | how ranks meet, share memory, and notice that one has left |
 //! | [`device`] | streams, events, buffers, the arena that peers reach |
 //! | [`collective`] | all-reduce and its kin, their numeric contract, agreement before payload |
@@ -33,10 +34,12 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+pub mod abi;
 pub mod collective;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod kernels;
 pub mod ops;
 pub mod reference;
 pub mod schedule;

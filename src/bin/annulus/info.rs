@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use annulus::collective::{CollectiveOptions, Communicator};
+use annulus::kernels;
 use annulus::ops::Level;
 use annulus::world::{Environment, GROUP_AREA_BYTES, MAX_GROUPS, MAX_RANKS, World, WorldOptions, launch};
 use annulus::{ReduceOp, Result};
@@ -221,7 +222,14 @@ fn cuda() -> Backend {
         name: "cuda",
         available: false,
         summary: "this version has no CUDA backend yet; GPUs are not used, if there are any".into(),
-        probes: vec![Probe { what: "NVIDIA driver", found: driver.is_some(), detail }],
+        probes: vec![
+            Probe { what: "NVIDIA driver", found: driver.is_some(), detail },
+            Probe {
+                what: "kernels",
+                found: true,
+                detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
+            },
+        ],
     }
 }
 

@@ -1,0 +1,22 @@
+//! The PTX of the kernels, as text in the program: no file is needed where it runs.
+//!
+//! `build.rs` takes it from nvcc or from `kernels/ptx`, which is the same. The driver compiles it for the card at hand;
+//! drivers from CUDA 12.2 on read it.
+
+/// The PTX that the build script chose for `kernels/$name.cu`.
+macro_rules! ptx {
+    ($name:literal) => {
+        include_str!(concat!(env!("OUT_DIR"), "/ptx/", $name, ".ptx"))
+    };
+}
+
+/// Does what a rank writes into a peer's memory arrive? Arguments: [`ProbeArguments`](crate::abi::ProbeArguments).
+pub const PROBE: &str = ptx!("probe");
+
+/// Every module, by the name of its source.
+pub const ALL: [(&str, &str); 1] = [("probe", PROBE)];
+
+/// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.
+pub fn origin(ptx: &str) -> &str {
+    ptx.lines().next().and_then(|line| line.split(';').next()).unwrap_or("").trim_start_matches("// ")
+}
