@@ -38,6 +38,16 @@ DEVICE uint32_t look(const uint32_t* flag) {
   return generation;
 }
 
+// Marks what a flag stands for as being rewritten: nobody who sees a later write of this thread still sees the old
+// generation. Pairs with a reader that looks at the flag before and after it reads (a seqlock).
+DEVICE void retract(uint32_t* flag) {
+  asm volatile(
+      "st.relaxed.sys.global.u32 [%0], %1;\n\t"
+      "fence.acq_rel.sys;" ::"l"(__cvta_generic_to_global(flag)),
+      "r"(0)
+      : "memory");
+}
+
 // 32 bits of payload and 32 bits of generation in one store of 8 bytes, which no reader can see half of (PTX ISA 9.0,
 // 8.2.1: a scalar access is one memory operation). So the payload needs no other order.
 DEVICE void post_word(uint64_t* word, uint32_t payload, uint32_t generation) {

@@ -10,11 +10,14 @@ macro_rules! ptx {
     };
 }
 
+/// Norm of a list of gradients, clip coefficient, skip decision. Arguments: [`NormArguments`](crate::abi::NormArguments).
+pub const NORM: &str = ptx!("norm");
+
 /// Does what a rank writes into a peer's memory arrive? Arguments: [`ProbeArguments`](crate::abi::ProbeArguments).
 pub const PROBE: &str = ptx!("probe");
 
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 1] = [("probe", PROBE)];
+pub const ALL: [(&str, &str); 2] = [("norm", NORM), ("probe", PROBE)];
 
 /// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.
 pub fn origin(ptx: &str) -> &str {

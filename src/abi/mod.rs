@@ -4,9 +4,15 @@
 //! its size and the offsets where a difference would show. Addresses are those of device memory (or of host memory that
 //! the device reaches), as `CUdeviceptr`. The kernels trust them: whoever launches a kernel vouches for them.
 
+mod norm;
 mod probe;
+mod table;
 
+pub use norm::{
+    CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal, norm_kind,
+};
 pub use probe::{PROBE_THREADS, ProbeArguments, ProbeReport};
+pub use table::{CHUNK_ELEMS, ChunkRange, ChunkRef, chunks};
 
 /// How a wait in a kernel ended (`Verdict` of `signal.cuh`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

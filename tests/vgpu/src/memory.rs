@@ -27,6 +27,18 @@ impl Memory {
         address
     }
 
+    /// Allocates a copy of `bytes` at `address`, below everything that [`Memory::alloc`] gives: pieces of a tensor that is
+    /// larger than this machine's memory.
+    ///
+    /// # Panics
+    /// If the bytes would lie in or touch another allocation, or above the first address of [`Memory::alloc`].
+    pub fn alloc_at(&mut self, address: u64, bytes: &[u8]) {
+        let end = address + bytes.len() as u64;
+        let below = self.allocations.range(..end).next_back();
+        assert!(end < FIRST_ADDRESS && below.is_none_or(|(start, below)| start + (below.len() as u64) < address));
+        self.allocations.insert(address, bytes.to_vec());
+    }
+
     /// The `len_bytes` bytes at `address`, if they lie in one allocation.
     pub fn read(&self, address: u64, len_bytes: usize) -> Option<&[u8]> {
         let (start, bytes) = self.allocations.range(..=address).next_back()?;

@@ -249,6 +249,40 @@ fn shuffles_and_votes() {
 }
 
 #[test]
+fn a_counted_barrier_lets_its_warps_go_without_the_others() {
+    // Warps 0 and 1 meet at barrier 1, twice; warp 2 never comes there. Shared memory written before is read after.
+    let kernel = |first: &str| {
+        Module::parse(&format!(
+            ".visible .entry k(.param .u64 a)\n{{\n.reg .b64 %a, %o; .reg .b32 %r<6>; .reg .pred %p<3>; .shared .align 4 .b8 sh[384];\n\
+            ld.param.u64 %a, [a]; mov.u32 %r0, %tid.x; mul.wide.u32 %o, %r0, 4; add.s64 %a, %a, %o; shl.b32 %r1, %r0, 2;\n\
+            mov.u32 %r2, sh; add.s32 %r2, %r2, %r1; st.shared.u32 [%r2], %r0; setp.ge.u32 %p0, %r0, 64; @%p0 bra END;\n\
+            setp.ge.u32 %p1, %r0, 32;\n{first}\nxor.b32 %r1, %r1, 128; mov.u32 %r2, sh; add.s32 %r2, %r2, %r1; ld.shared.u32 %r3, [%r2];\n\
+            mov.u32 %r4, 1; bar.sync %r4, 64;\nEND:\nst.global.u32 [%a], %r3; ret;\n}}"
+        ))
+        .unwrap()
+    };
+    let start = |module: &Module| {
+        let mut memory = Memory::new();
+        let address = memory.alloc(&[0; 384]);
+        let launch = Launch::new(module.kernel("k").unwrap(), 1, 96, Arguments::new().u64(address));
+        run(&[launch], &mut memory, &Options::default())?;
+        let word = |i: u64| u32::from_le_bytes(memory.read(address + 4 * i, 4).unwrap().try_into().unwrap());
+        Ok::<_, Fault>((0..64).map(word).collect::<Vec<_>>())
+    };
+    assert_eq!(start(&kernel("bar.sync 1, 64;")).unwrap(), (0..64).map(|i| i ^ 32).collect::<Vec<u32>>());
+    for (first, expected) in [
+        ("", "data race"),
+        ("@%p1 bar.sync 1, 96;\n@!%p1 bar.sync 1, 64;", "different thread counts"),
+        ("bar.sync 1, 48;", "no multiple of the warp"),
+        ("bar.sync 16, 64;", "barrier above 15"),
+        ("bar.sync 1, 96;", "deadlock"),
+    ] {
+        let fault = start(&kernel(first)).unwrap_err();
+        assert!(fault.to_string().contains(expected), "{first}: {fault}");
+    }
+}
+
+#[test]
 fn what_is_not_understood_is_named() {
     for (body, words) in [
         ("sin.approx.f32 %f, %fa;", "sin.approx.f32"),

@@ -121,8 +121,11 @@ enum State {
     /// Its block is not resident yet.
     Pending,
     Ready,
-    /// At the block's barrier of this number.
-    Barrier(u64),
+    /// At the block's barrier of this number, with so many threads; 0 for all that run.
+    Barrier {
+        number: u64,
+        len_threads: u64,
+    },
     /// At a warp instruction that the threads of this mask execute together.
     Warp(u32),
     Exited,

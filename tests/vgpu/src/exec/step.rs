@@ -85,7 +85,8 @@ impl Machine<'_> {
             }
             Op::Barrier => {
                 let number = self.value(thread, &instruction.operands[0]);
-                return Ok(self.arrive(thread, number));
+                let len_threads = instruction.operands.get(1).map_or(0, |operand| self.value(thread, operand));
+                return self.arrive(thread, at, number, len_threads);
             }
             Op::WarpBarrier | Op::Shuffle(_) | Op::Vote(_) => return self.meet_warp(thread, at, instruction),
             Op::Fence(scope) => {

@@ -2,30 +2,65 @@
 //!
 //! Shuffles and votes exchange registers and order no memory.
 
-use super::{Machine, Next, State, WARP_THREADS};
+use super::{Block, Machine, Next, State, WARP_THREADS};
 use crate::fault::Fault;
 use crate::ptx::{Instruction, Op, Operand, Shuffle, Vote};
 
 impl Machine<'_> {
-    /// `bar.sync`: the thread waits for all threads of its block that have not exited.
-    pub(super) fn arrive(&mut self, thread: usize, number: u64) -> Next {
-        self.threads[thread].state = State::Barrier(number);
-        self.release_barrier(self.threads[thread].block);
-        Next::Stop
+    /// `bar.sync a{, b}`: the thread waits for `b` threads at barrier `a`, or for all threads of its block that have not
+    /// exited. Source: PTX ISA 9.0, 9.7.13.1: 16 barriers, and a multiple of the warp size for `b`.
+    pub(super) fn arrive(&mut self, thread: usize, at: usize, number: u64, len_threads: u64) -> Result<Next, Fault> {
+        if number > 15 || !len_threads.is_multiple_of(WARP_THREADS as u64) {
+            let what = "a barrier above 15, or a thread count that is no multiple of the warp";
+            return Err(Fault::Undefined { site: self.site(thread, at), what });
+        }
+        self.threads[thread].state = State::Barrier { number, len_threads };
+        match len_threads {
+            0 => self.release_barrier(self.threads[thread].block),
+            _ => self.release_counted(thread, at)?,
+        }
+        Ok(Next::Stop)
     }
 
     /// Lets the block's threads go on if all that run stand at one barrier.
     pub(super) fn release_barrier(&mut self, block: usize) {
-        let first = self.blocks[block].first_thread;
-        let range = first..first + self.blocks[block].len_threads;
+        let range = self.threads_of(block);
         let running = || self.threads[range.clone()].iter().filter(|thread| thread.state != State::Exited);
-        let Some(state @ State::Barrier(_)) = running().next().map(|thread| thread.state) else {
+        let Some(state @ State::Barrier { len_threads: 0, .. }) = running().next().map(|thread| thread.state) else {
             return;
         };
         if running().any(|thread| thread.state != state) {
             return;
         }
-        let together: Vec<usize> = range.filter(|thread| self.threads[*thread].state == state).collect();
+        self.release(range.filter(|thread| self.threads[*thread].state == state).collect());
+    }
+
+    /// Lets the threads at a counted barrier go on if they are as many as it was told.
+    fn release_counted(&mut self, thread: usize, at: usize) -> Result<(), Fault> {
+        let state = self.threads[thread].state;
+        let number_of = |state: State| match state {
+            State::Barrier { number, .. } => Some(number),
+            _ => None,
+        };
+        let range = self.threads_of(self.threads[thread].block);
+        let here = range.filter(|other| number_of(self.threads[*other].state) == number_of(state));
+        let together: Vec<usize> = here.collect();
+        if together.iter().any(|other| self.threads[*other].state != state) {
+            let what = "threads give one barrier different thread counts";
+            return Err(Fault::Undefined { site: self.site(thread, at), what });
+        }
+        if matches!(state, State::Barrier { len_threads, .. } if together.len() as u64 == len_threads) {
+            self.release(together);
+        }
+        Ok(())
+    }
+
+    fn threads_of(&self, block: usize) -> std::ops::Range<usize> {
+        let Block { first_thread, len_threads, .. } = self.blocks[block];
+        first_thread..first_thread + len_threads
+    }
+
+    fn release(&mut self, together: Vec<usize>) {
         if let Some(detector) = &mut self.detector {
             detector.barrier(together.iter().copied());
         }

@@ -353,7 +353,8 @@ pub(super) fn operand_counts(op: &Op) -> std::ops::RangeInclusive<usize> {
             let n = 2 + usize::from(*returns) + usize::from(*function == AtomicFunction::CompareSwap);
             n..=n
         }
-        Op::Barrier | Op::WarpBarrier | Op::Sleep => 1..=1,
+        Op::Barrier => 1..=2,
+        Op::WarpBarrier | Op::Sleep => 1..=1,
         Op::Shuffle(_) => 5..=5,
         Op::Vote(_) => 3..=3,
         Op::Fence(_) | Op::Branch(_) | Op::Exit | Op::Trap => 0..=0,
