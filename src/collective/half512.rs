@@ -1,23 +1,32 @@
 //! Reductions of 16-bit floats with AVX-512: what `combine.rs` does, with the conversions in registers.
 //!
 //! The portable blocks of `combine.rs` go through the stack where the types differ in width: at 64 KiB they take 2.4 times
-//! as long as f32 of the same bytes. Here 32 elements are two registers from the loads to the stores. The bits are the
-//! same (payloads of NaN aside).
+//! as long as f32 of the same bytes. Here 32 elements are one register of 16-bit words, and two of f32 in between:
+//!
+//! ```text
+//!   bf16:  word pairs | odd, even |  --shift left 16-->  even as f32     one instruction each way, no shuffle: a bf16 is
+//!                                    --mask the upper->  odd as f32      the upper half of its f32
+//!   f16:   words | upper half, lower half |  --vcvtph2ps-->  each as f32
+//! ```
+//! The bits are the same (payloads of NaN aside). No `map` over registers: it is compiled without the instruction set, is
+//! not inlined, and passes them through memory.
 
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT,
-    _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512,
-    _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_cvtps_ph, _mm512_div_ps, _mm512_mask_blend_epi32, _mm512_mask_blend_ps, _mm512_mul_ps, _mm512_or_epi32,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    __m512, __m512i, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512, _mm512_castsi256_si512, _mm512_castsi512_ps,
+    _mm512_castsi512_si256, _mm512_cmp_ps_mask, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_div_ps,
+    _mm512_extracti64x4_epi64, _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_blend_epi32, _mm512_mask_blend_ps,
+    _mm512_mul_ps, _mm512_or_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_storeu_si512, _mm512_ternarylogic_epi32,
 };
 
 use super::combine::Combine;
 use crate::dtype::ReduceOp;
 
-/// Elements of a register of f32, and of a block.
-const LANES: usize = 16;
-pub(super) const BLOCK: usize = 2 * LANES;
+/// Elements of a register of 16-bit words.
+const WORDS: usize = 32;
+/// Elements of a block: two registers, two cache lines.
+pub(super) const BLOCK: usize = 2 * WORDS;
 
 pub(super) const BF16: u8 = 0;
 pub(super) const F16: u8 = 1;
@@ -25,6 +34,9 @@ pub(super) const F16: u8 = 1;
 const ADD: u8 = 0;
 const MIN: u8 = 1;
 const MAX: u8 = 2;
+
+/// A term: 32 elements in f32, in the order of [`unpack`].
+type Wide = [__m512; 2];
 
 /// Reduces the leading whole blocks of `terms` into `dests` and returns how many elements that were.
 ///
@@ -63,29 +75,29 @@ unsafe fn blocks<const FORMAT: u8, const OP: u8, const SCALE: bool, const DIVIDE
     let number = _mm512_set1_ps(number);
     let whole = len_elems / BLOCK * BLOCK;
     for at in (0..whole).step_by(BLOCK) {
-        let mut acc = [_mm512_set1_ps(0.0); 2];
-        for (half, acc) in acc.iter_mut().enumerate() {
-            let offset_bytes = 2 * (at + half * LANES);
-            // SAFETY: `at + BLOCK <= len_elems` elements are inside every term.
-            unsafe {
-                let load = |term: &*const u8| {
-                    let wide = widen::<FORMAT>(_mm256_loadu_si256(term.add(offset_bytes).cast()));
-                    if SCALE { _mm512_mul_ps(wide, number) } else { wide }
-                };
-                *acc = load(first);
-                for term in others {
-                    *acc = fold::<OP>(*acc, load(term));
-                }
-            }
-            if DIVIDE {
-                *acc = _mm512_div_ps(*acc, number);
-            }
+        // Both lines are read from every term before either is written: twice as many fetches under way.
+        let (near, far) = (2 * at, 2 * (at + WORDS));
+        // SAFETY: `at + BLOCK <= len_elems` elements are inside every term.
+        let load = |term: &*const u8, offset| unsafe {
+            let [a, b] = unpack::<FORMAT>(_mm512_loadu_si512(term.add(offset).cast()));
+            if SCALE { [_mm512_mul_ps(a, number), _mm512_mul_ps(b, number)] } else { [a, b] }
+        };
+        let (mut acc_near, mut acc_far) = (load(first, near), load(first, far));
+        for term in others {
+            let (term_near, term_far) = (load(term, near), load(term, far));
+            acc_near = [fold::<OP>(acc_near[0], term_near[0]), fold::<OP>(acc_near[1], term_near[1])];
+            acc_far = [fold::<OP>(acc_far[0], term_far[0]), fold::<OP>(acc_far[1], term_far[1])];
         }
-        for (half, acc) in acc.iter().enumerate() {
-            let result = narrow::<FORMAT>(*acc);
-            for dest in dests {
-                // SAFETY: as above, for every destination; every term of the block was read.
-                unsafe { _mm256_storeu_si256(dest.add(2 * (at + half * LANES)).cast(), result) };
+        if DIVIDE {
+            acc_near = [_mm512_div_ps(acc_near[0], number), _mm512_div_ps(acc_near[1], number)];
+            acc_far = [_mm512_div_ps(acc_far[0], number), _mm512_div_ps(acc_far[1], number)];
+        }
+        let (near_words, far_words) = (pack::<FORMAT>(acc_near), pack::<FORMAT>(acc_far));
+        for dest in dests {
+            // SAFETY: as above, for every destination; every term of the block was read.
+            unsafe {
+                _mm512_storeu_si512(dest.add(near).cast(), near_words);
+                _mm512_storeu_si512(dest.add(far).cast(), far_words);
             }
         }
     }
@@ -108,30 +120,53 @@ fn fold<const OP: u8>(a: __m512, b: __m512) -> __m512 {
     _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), ordered, a)
 }
 
+/// Even and odd elements of bf16, lower and upper half of f16.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn widen<const FORMAT: u8>(half: __m256i) -> __m512 {
+fn unpack<const FORMAT: u8>(words: __m512i) -> Wide {
     if FORMAT == F16 {
-        return _mm512_cvtph_ps(half);
+        let (lower, upper) = (_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64::<1>(words));
+        return [_mm512_cvtph_ps(lower), _mm512_cvtph_ps(upper)];
     }
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+    let (even, odd) = (_mm512_slli_epi32::<16>(words), _mm512_and_epi32(words, upper_words()));
+    [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
 }
 
 /// Nearest, ties to even.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn narrow<const FORMAT: u8>(wide: __m512) -> __m256i {
+fn pack<const FORMAT: u8>(wide: Wide) -> __m512i {
     if FORMAT == F16 {
-        return _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide);
+        let lower = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[0]);
+        let upper = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[1]);
+        return _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lower), upper);
     }
+    let (even, odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
+    and_or(odd, upper_words(), _mm512_srli_epi32::<16>(even))
+}
+
+/// A bf16 in the upper half of each lane; the lower half is anything.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn round_to_bf16(wide: __m512) -> __m512i {
     let bits = _mm512_castps_si512(wide);
-    let upper = _mm512_srli_epi32::<16>(bits);
-    let odd = _mm512_and_epi32(upper, _mm512_set1_epi32(1));
-    let rounded: __m512i =
-        _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
-    let nan = _mm512_or_epi32(_mm512_and_epi32(upper, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(0x7fc0));
-    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(wide, wide);
-    _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, nan))
+    let odd = _mm512_and_epi32(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let nan = and_or(bits, _mm512_set1_epi32(i32::MIN), _mm512_set1_epi32(0x7fc0_0000));
+    _mm512_mask_blend_epi32(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(wide, wide), rounded, nan)
+}
+
+/// `a & b | c`.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn and_or(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi32::<0b1110_1010>(a, b, c)
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn upper_words() -> __m512i {
+    _mm512_set1_epi32(0xffff_0000_u32.cast_signed())
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
