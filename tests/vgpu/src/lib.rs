@@ -18,6 +18,7 @@
 mod exec;
 mod fault;
 mod memory;
+mod outside;
 mod parse;
 mod ptx;
 mod race;
@@ -25,4 +26,5 @@ mod race;
 pub use exec::{Arguments, Launch, Options, Report, run};
 pub use fault::{Fault, Site};
 pub use memory::Memory;
+pub use outside::Outside;
 pub use ptx::{Kernel, Module};

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::outside::Outside;
+
 const FIRST_ADDRESS: u64 = 0x7000_0000_0000;
 /// Allocations begin at multiples of this, as `cuMemAlloc` promises, and are at least as far apart.
 const ALLOCATION_ALIGN_BYTES: u64 = 256;
@@ -52,9 +54,31 @@ impl Memory {
         let offset = usize::try_from(address - start).ok()?;
         bytes.get_mut(offset..offset.checked_add(len_bytes)?)
     }
+}
 
-    /// The allocation at or below `address`, for messages.
-    pub(crate) fn nearest(&self, address: u64) -> String {
+impl Outside for Memory {
+    fn contains(&self, address: u64, len_bytes: usize) -> bool {
+        self.read(address, len_bytes).is_some()
+    }
+
+    fn load(&self, address: u64, into: &mut [u8]) -> bool {
+        self.read(address, into.len()).map(|bytes| into.copy_from_slice(bytes)).is_some()
+    }
+
+    fn store(&mut self, address: u64, bytes: &[u8]) -> bool {
+        self.write(address, bytes.len()).map(|place| place.copy_from_slice(bytes)).is_some()
+    }
+
+    fn update(&mut self, address: u64, len_bytes: usize, change: &dyn Fn(u64) -> u64) -> Option<u64> {
+        let place = self.write(address, len_bytes)?;
+        let mut old = [0; 8];
+        old[..len_bytes].copy_from_slice(place);
+        let old = u64::from_le_bytes(old);
+        place.copy_from_slice(&change(old).to_le_bytes()[..len_bytes]);
+        Some(old)
+    }
+
+    fn nearest(&self, address: u64) -> String {
         match self.allocations.range(..=address).next_back() {
             Some((start, bytes)) => format!("{} bytes at {start:#x}", bytes.len()),
             None => "none below".to_owned(),

@@ -266,6 +266,8 @@ pub(crate) struct Guard {
 pub struct Kernel {
     pub(crate) name: String,
     pub(crate) parameter_bytes: usize,
+    /// Offset and length of each parameter, in bytes.
+    pub(crate) parameters: Vec<(usize, usize)>,
     pub(crate) instructions: Vec<Instruction>,
     pub(crate) registers: usize,
     pub(crate) shared_bytes: usize,
@@ -280,6 +282,36 @@ impl Kernel {
     /// The name of the entry.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Offset and length of each parameter in the parameter space, in bytes.
+    pub fn parameters(&self) -> &[(usize, usize)] {
+        &self.parameters
+    }
+
+    /// Bytes of all parameters together.
+    pub fn parameter_bytes(&self) -> usize {
+        self.parameter_bytes
+    }
+
+    /// Threads a block may have at most, if the kernel says so.
+    pub fn max_threads(&self) -> Option<u32> {
+        self.max_threads
+    }
+
+    /// Static shared memory of a block.
+    pub fn shared_bytes(&self) -> usize {
+        self.shared_bytes
+    }
+
+    /// Local memory of a thread.
+    pub fn local_bytes(&self) -> usize {
+        self.local_bytes
+    }
+
+    /// Virtual registers of a thread.
+    pub fn len_registers(&self) -> usize {
+        self.registers
     }
 
     /// How many instructions the kernel's text has.

@@ -27,7 +27,7 @@ impl Machine<'_> {
         let touch = self.check(thread, at, place, access, len_bytes, false)?;
         self.tell(thread, touch, false)?;
         let mut bytes = [0u8; 32];
-        bytes[..len_bytes].copy_from_slice(self.bytes(thread, at, place, len_bytes)?);
+        self.read(thread, at, place, &mut bytes[..len_bytes])?;
         let destination = &instruction.operands[0];
         for (lane, chunk) in bytes[..len_bytes].chunks(access.ty.bytes).enumerate() {
             let value = extend(little_endian(chunk), access.ty.kind, access.ty.bytes);
@@ -55,7 +55,7 @@ impl Machine<'_> {
             let start = lane * access.ty.bytes;
             bytes[start..start + access.ty.bytes].copy_from_slice(&value.to_le_bytes()[..access.ty.bytes]);
         }
-        self.bytes_mut(thread, at, place, len_bytes)?.copy_from_slice(&bytes[..len_bytes]);
+        self.write(thread, at, place, &bytes[..len_bytes])?;
         self.tell(thread, touch, false)?;
         if place.space == Space::Global {
             self.report.stored_bytes += len_bytes as u64;
@@ -76,25 +76,27 @@ impl Machine<'_> {
         let place = self.place_of(thread, &sources[0], access.space);
         let (ty, len_bytes) = (access.ty, access.ty.bytes);
         let touch = self.check(thread, at, place, access, len_bytes, true)?;
-        let old = little_endian(self.bytes(thread, at, place, len_bytes)?);
         let operand = unsigned(self.value(thread, &sources[1]), len_bytes);
-        let (wide_old, wide_operand) = (integer(old, ty), integer(operand, ty));
-        let new = match function {
-            AtomicFunction::Add => old.wrapping_add(operand),
-            AtomicFunction::Min => wide_old.min(wide_operand) as u64,
-            AtomicFunction::Max => wide_old.max(wide_operand) as u64,
-            AtomicFunction::Exchange => operand,
-            AtomicFunction::CompareSwap if old == operand => self.value(thread, &sources[2]),
-            AtomicFunction::CompareSwap => old,
-            AtomicFunction::And => old & operand,
-            AtomicFunction::Or => old | operand,
-            AtomicFunction::Xor => old ^ operand,
-            AtomicFunction::Increment if old >= operand => 0,
-            AtomicFunction::Increment => old + 1,
-            AtomicFunction::Decrement if old == 0 || old > operand => operand,
-            AtomicFunction::Decrement => old - 1,
+        let replacement = sources.get(2).map_or(0, |source| self.value(thread, source));
+        let change = |old: u64| {
+            let (wide_old, wide_operand) = (integer(old, ty), integer(operand, ty));
+            match function {
+                AtomicFunction::Add => old.wrapping_add(operand),
+                AtomicFunction::Min => wide_old.min(wide_operand) as u64,
+                AtomicFunction::Max => wide_old.max(wide_operand) as u64,
+                AtomicFunction::Exchange => operand,
+                AtomicFunction::CompareSwap if old == operand => replacement,
+                AtomicFunction::CompareSwap => old,
+                AtomicFunction::And => old & operand,
+                AtomicFunction::Or => old | operand,
+                AtomicFunction::Xor => old ^ operand,
+                AtomicFunction::Increment if old >= operand => 0,
+                AtomicFunction::Increment => old + 1,
+                AtomicFunction::Decrement if old == 0 || old > operand => operand,
+                AtomicFunction::Decrement => old - 1,
+            }
         };
-        self.bytes_mut(thread, at, place, len_bytes)?.copy_from_slice(&new.to_le_bytes()[..len_bytes]);
+        let old = self.update(thread, at, place, len_bytes, &change)?;
         self.tell(thread, touch, true)?;
         if returns {
             self.set(thread, &instruction.operands[0], extend(old, ty.kind, len_bytes));
@@ -136,7 +138,9 @@ impl Machine<'_> {
         let Access { order, scope, .. } = *access;
         let location = Location { block, address };
         // Outside memory nothing is noted: the access itself fails.
-        self.bytes(thread, at, place, len_bytes)?;
+        if !self.reaches(thread, place, len_bytes) {
+            return Err(self.out_of_bounds(thread, at, place, len_bytes));
+        }
         Ok(Some(Touch { location, len_bytes: len_bytes as u64, writes, order, scope, instruction: at }))
     }
 
@@ -160,43 +164,79 @@ impl Machine<'_> {
         }
     }
 
-    fn bytes(&self, thread: usize, at: usize, place: Place, len_bytes: usize) -> Result<&[u8], Fault> {
-        let Place { space, address } = place;
-        let owner = &self.threads[thread];
-        let block = &self.blocks[owner.block];
-        let found = match space {
-            Space::Global | Space::Generic => self.memory.read(address, len_bytes),
-            Space::Shared => slice(&block.shared, address, len_bytes),
-            Space::Local => slice(&owner.local, address, len_bytes),
-            Space::Param => slice(&self.launches[block.launch].arguments.0, address, len_bytes),
-        };
-        found.ok_or_else(|| self.out_of_bounds(thread, at, place, len_bytes))
+    fn reaches(&self, thread: usize, place: Place, len_bytes: usize) -> bool {
+        match place.space {
+            Space::Global | Space::Generic => self.outside.contains(place.address, len_bytes),
+            _ => self.own(thread, place, len_bytes).is_some(),
+        }
     }
 
-    fn bytes_mut(&mut self, thread: usize, at: usize, place: Place, len_bytes: usize) -> Result<&mut [u8], Fault> {
-        let Place { space, address } = place;
-        let fault = match self.bytes(thread, at, place, len_bytes) {
-            Err(fault) => Some(fault),
-            Ok(_) if space == Space::Param => Some(self.out_of_bounds(thread, at, place, len_bytes)),
-            Ok(_) => None,
-        };
-        if let Some(fault) = fault {
-            return Err(fault);
+    /// Bytes that no other block reaches.
+    fn own(&self, thread: usize, place: Place, len_bytes: usize) -> Option<&[u8]> {
+        let owner = &self.threads[thread];
+        let block = &self.blocks[owner.block];
+        match place.space {
+            Space::Global | Space::Generic => None,
+            Space::Shared => slice(&block.shared, place.address, len_bytes),
+            Space::Local => slice(&owner.local, place.address, len_bytes),
+            Space::Param => slice(&self.launches[block.launch].arguments.0, place.address, len_bytes),
         }
-        let block = self.threads[thread].block;
-        let start = address as usize;
-        let found = match space {
-            Space::Shared => self.blocks[block].shared.get_mut(start..start + len_bytes),
-            Space::Local => self.threads[thread].local.get_mut(start..start + len_bytes),
-            _ => self.memory.write(address, len_bytes),
+    }
+
+    /// As [`own`](Machine::own), to change them; arguments are read-only.
+    fn own_mut(&mut self, thread: usize, place: Place, len_bytes: usize) -> Option<&mut [u8]> {
+        let start = usize::try_from(place.address).ok()?;
+        let range = start..start.checked_add(len_bytes)?;
+        match place.space {
+            Space::Shared => {
+                let block = self.threads[thread].block;
+                self.blocks[block].shared.get_mut(range)
+            }
+            Space::Local => self.threads[thread].local.get_mut(range),
+            Space::Param | Space::Global | Space::Generic => None,
+        }
+    }
+
+    fn read(&self, thread: usize, at: usize, place: Place, into: &mut [u8]) -> Result<(), Fault> {
+        let done = match place.space {
+            Space::Global | Space::Generic => self.outside.load(place.address, into),
+            _ => self.own(thread, place, into.len()).map(|bytes| into.copy_from_slice(bytes)).is_some(),
         };
-        Ok(found.unwrap_or_default())
+        if done { Ok(()) } else { Err(self.out_of_bounds(thread, at, place, into.len())) }
+    }
+
+    fn write(&mut self, thread: usize, at: usize, place: Place, bytes: &[u8]) -> Result<(), Fault> {
+        let done = match place.space {
+            Space::Global | Space::Generic => self.outside.store(place.address, bytes),
+            _ => self.own_mut(thread, place, bytes.len()).map(|to| to.copy_from_slice(bytes)).is_some(),
+        };
+        if done { Ok(()) } else { Err(self.out_of_bounds(thread, at, place, bytes.len())) }
+    }
+
+    /// Replaces a value by what `change` makes of it and returns the old one.
+    fn update(
+        &mut self,
+        thread: usize,
+        at: usize,
+        place: Place,
+        len_bytes: usize,
+        change: &dyn Fn(u64) -> u64,
+    ) -> Result<u64, Fault> {
+        let old = match place.space {
+            Space::Global | Space::Generic => self.outside.update(place.address, len_bytes, change),
+            _ => self.own_mut(thread, place, len_bytes).map(|bytes| {
+                let old = little_endian(bytes);
+                bytes.copy_from_slice(&change(old).to_le_bytes()[..len_bytes]);
+                old
+            }),
+        };
+        old.ok_or_else(|| self.out_of_bounds(thread, at, place, len_bytes))
     }
 
     fn out_of_bounds(&self, thread: usize, at: usize, place: Place, len_bytes: usize) -> Fault {
         let Place { space, address } = place;
         let (space, nearest) = match space {
-            Space::Global | Space::Generic => ("global", self.memory.nearest(address)),
+            Space::Global | Space::Generic => ("global", self.outside.nearest(address)),
             Space::Shared => ("shared", format!("{} bytes", self.blocks[self.threads[thread].block].shared.len())),
             Space::Local => ("local", format!("{} bytes", self.threads[thread].local.len())),
             Space::Param => ("parameter", "read-only arguments".to_owned()),

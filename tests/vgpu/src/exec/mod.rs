@@ -7,7 +7,7 @@ mod step;
 mod warp;
 
 use crate::fault::{Fault, Site};
-use crate::memory::Memory;
+use crate::outside::Outside;
 use crate::ptx::Kernel;
 use crate::race::Detector;
 
@@ -33,6 +33,11 @@ impl Arguments {
         self.0.resize(self.0.len().next_multiple_of(N.max(1)), 0);
         self.0.extend(bytes);
         self
+    }
+
+    /// The bytes of all parameters as the kernel's parameter space holds them.
+    pub fn from_bytes(bytes: Vec<u8>) -> Arguments {
+        Arguments(bytes)
     }
 
     /// Appends an address or a 64-bit length.
@@ -109,9 +114,9 @@ pub struct Report {
 /// other are separate runs.
 ///
 /// # Errors
-/// The first [`Fault`] of the interleaving that the seed chooses. Memory then holds what the kernels had written so far.
-pub fn run(launches: &[Launch<'_>], memory: &mut Memory, options: &Options) -> Result<Report, Fault> {
-    let mut machine = Machine::new(launches, memory, options)?;
+/// The first [`Fault`] of the interleaving that the seed chooses. Global memory then holds what the kernels had written so far.
+pub fn run(launches: &[Launch<'_>], outside: &mut dyn Outside, options: &Options) -> Result<Report, Fault> {
+    let mut machine = Machine::new(launches, outside, options)?;
     machine.run()?;
     Ok(machine.report)
 }
@@ -164,7 +169,7 @@ enum Next {
 
 struct Machine<'a> {
     launches: &'a [Launch<'a>],
-    memory: &'a mut Memory,
+    outside: &'a mut dyn Outside,
     options: &'a Options,
     threads: Vec<Thread>,
     blocks: Vec<Block>,
@@ -176,10 +181,14 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    fn new(launches: &'a [Launch<'a>], memory: &'a mut Memory, options: &'a Options) -> Result<Machine<'a>, Fault> {
+    fn new(
+        launches: &'a [Launch<'a>],
+        outside: &'a mut dyn Outside,
+        options: &'a Options,
+    ) -> Result<Machine<'a>, Fault> {
         let mut machine = Machine {
             launches,
-            memory,
+            outside,
             options,
             threads: Vec::new(),
             blocks: Vec::new(),

@@ -95,7 +95,10 @@ impl Machine<'_> {
                 }
                 return Ok(Next::Yield);
             }
-            Op::Sleep => return Ok(Next::Yield),
+            Op::Sleep => {
+                self.outside.rest();
+                return Ok(Next::Yield);
+            }
             Op::Branch(target) => {
                 let backward = *target <= at;
                 self.threads[thread].pc = *target;
@@ -175,7 +178,7 @@ impl Machine<'_> {
             Special::Nctaid(axis) => launch.grid[axis].into(),
             Special::LaneId => (index % WARP_THREADS) as u64,
             Special::WarpId => (index / WARP_THREADS) as u64,
-            Special::Time => self.report.instructions,
+            Special::Time => self.outside.time_ns().unwrap_or(self.report.instructions),
         }
     }
 }

@@ -85,6 +85,7 @@ impl KernelParser {
             let variable = operand::variable(declaration)?;
             let offset_bytes = parser.kernel.parameter_bytes.next_multiple_of(variable.align_bytes);
             parser.kernel.parameter_bytes = offset_bytes + variable.len_bytes;
+            parser.kernel.parameters.push((offset_bytes, variable.len_bytes));
             parser.declare(variable.name, Name::Offset(offset_bytes as u64));
         }
         let words: Vec<&str> = attributes.split([' ', '\n', '\t', ',']).filter(|word| !word.is_empty()).collect();
