@@ -10,17 +10,7 @@
 // Cost: 16 bytes for each 32,768 elements, read once. The signal stays on the device; the record goes to pinned host memory.
 #pragma once
 #include "norm.cuh"
-
-// src/abi/norm.rs: StepSignal. What the gradients of this step went through, and whether the optimizer may use them.
-struct StepSignal {
-  double total_norm;         // of the unscaled gradients
-  uint64_t first_nonfinite;  // slot; UINT64_MAX: none
-  float clip_coef;
-  float grad_scale;          // still in the gradients
-  uint32_t nonfinite;
-  uint32_t found_inf;        // the step is skipped
-};
-static_assert(sizeof(StepSignal) == 32, "src/abi/norm.rs");
+#include "step.cuh"
 
 // src/abi/norm.rs: NormRecord. One of a ring in pinned host memory.
 struct NormRecord {

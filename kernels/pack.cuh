@@ -122,16 +122,22 @@ struct Span {
   uint64_t end;
 };
 
+// Loads the 16 bytes at `address` if wide loads reach them without touching what lies outside the span.
+DEVICE bool load_wide(const Span& span, uint64_t address, Pack& pack) {
+  const uint32_t shift = static_cast<uint32_t>(address % PACK_BYTES);
+  const uint64_t below = address - shift;
+  if (below < span.begin || below + (shift == 0 ? PACK_BYTES : 2 * PACK_BYTES) > span.end) return false;
+  pack = load_pack(below);
+  if (shift != 0) pack = shifted(pack, load_pack(below + PACK_BYTES), shift);
+  return true;
+}
+
 // The 16 bytes at `address`, at or behind `span.begin`; zeros where they lie behind `span.end`.
 template <uint32_t BYTES>
 DEVICE Pack load_within(const Span& span, uint64_t address) {
-  const uint32_t shift = static_cast<uint32_t>(address % PACK_BYTES);
-  const uint64_t below = address - shift;
-  if (shift == 0 && address + PACK_BYTES <= span.end) return load_pack(address);
-  if (below >= span.begin && below + 2 * PACK_BYTES <= span.end) {
-    return shifted(load_pack(below), load_pack(below + PACK_BYTES), shift);
-  }
-  Pack pack = {};
+  Pack pack;
+  if (load_wide(span, address, pack)) return pack;
+  pack = {};
 #pragma unroll
   for (uint32_t i = 0; i < PACK_BYTES / BYTES; ++i) {
     if (address + i * BYTES < span.end) set_element<BYTES>(pack, i, load_bits<BYTES>(address + i * BYTES));
@@ -192,8 +198,49 @@ DEVICE uint16_t narrow(float value, uint32_t dtype) {
   return value != value ? nan : bits;
 }
 
+// Eight values rounded to f16 or bf16. `dtype` is the same for all threads that come here together.
+DEVICE Pack narrow_pack(const float (&values)[8], uint32_t dtype) {
+  Pack pack;
+  bool any_nan = false;
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) any_nan |= values[i] != values[i];
+  if (any_nan) {
+    pack = {};
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) set_element<2>(pack, i, narrow(values[i], dtype));
+  } else if (dtype == F16) {
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pack.words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+    }
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pack.words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+    }
+  }
+  return pack;
+}
+
 // The 16-bit float with infinity replaced by its neighbour, the largest finite value.
 DEVICE uint16_t finite(uint16_t bits, uint32_t dtype) {
   const uint16_t infinity = dtype == F16 ? 0x7c00 : 0x7f80;
   return bits - static_cast<uint16_t>((bits & 0x7fff) == infinity);
 }
+
+DEVICE void make_finite(Pack& pack, uint32_t dtype) {
+  Pack result = {};
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) set_element<2>(result, i, finite(element<2>(pack, i), dtype));
+  pack = result;
+}
+
+// One element; NaN keeps its sign, which `cvt` drops.
+DEVICE float widen_signed(uint16_t bits, uint32_t dtype) {
+  if (dtype == BF16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  const float value = widen_half(bits);
+  return value != value ? __uint_as_float((bits & 0x8000u) << 16 | 0x7fc00000u) : value;
+}
+
+DEVICE double f64_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+DEVICE uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }

@@ -10,6 +10,9 @@ macro_rules! ptx {
     };
 }
 
+/// Casts, in-place scaling and clipping by value. Arguments: [`CastArguments`](crate::abi::CastArguments) and its neighbours.
+pub const CAST: &str = ptx!("cast");
+
 /// Norm of a list of gradients, clip coefficient, skip decision. Arguments: [`NormArguments`](crate::abi::NormArguments).
 pub const NORM: &str = ptx!("norm");
 
@@ -17,7 +20,7 @@ pub const NORM: &str = ptx!("norm");
 pub const PROBE: &str = ptx!("probe");
 
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 2] = [("norm", NORM), ("probe", PROBE)];
+pub const ALL: [(&str, &str); 3] = [("cast", CAST), ("norm", NORM), ("probe", PROBE)];
 
 /// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.
 pub fn origin(ptx: &str) -> &str {

@@ -4,10 +4,12 @@
 //! its size and the offsets where a difference would show. Addresses are those of device memory (or of host memory that
 //! the device reaches), as `CUdeviceptr`. The kernels trust them: whoever launches a kernel vouches for them.
 
+mod cast;
 mod norm;
 mod probe;
 mod table;
 
+pub use cast::{CastArguments, CastTensor, ClampArguments, ELEMENTWISE_THREADS, RoundingKey, ScaleArguments};
 pub use norm::{
     CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal, norm_kind,
 };

@@ -84,13 +84,14 @@ impl Tensor {
         on_tensor!(self, elements => elements.iter().map(|x| x.to_f64()).collect())
     }
 
-    /// The bits of element `index`, every NaN of one sign alike: a GPU's arithmetic does not keep payloads.
-    pub fn bits(&self, index: usize) -> u64 {
-        let value = self.values()[index];
-        let size_bytes = self.dtype().size_bytes();
-        let mut bits = [0; 8];
-        bits[..size_bytes].copy_from_slice(&self.bytes()[index * size_bytes..(index + 1) * size_bytes]);
-        if value.is_nan() { u64::MAX } else { u64::from_le_bytes(bits) }
+    /// The bits of the elements, every NaN alike: a GPU's arithmetic does not keep payloads.
+    pub fn bits(&self) -> Vec<u64> {
+        let elements = self.bytes().chunks_exact(self.dtype().size_bytes()).map(|bytes| {
+            let mut bits = [0; 8];
+            bits[..bytes.len()].copy_from_slice(bytes);
+            u64::from_le_bytes(bits)
+        });
+        elements.zip(self.values()).map(|(bits, value)| if value.is_nan() { u64::MAX } else { bits }).collect()
     }
 }
 

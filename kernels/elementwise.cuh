@@ -1,0 +1,122 @@
+// Element-wise work on one chunk by a block of 256 threads.
+//
+//   group = LANES elements: 16 bytes of the narrower side, 16 or more of the wider one
+//   groups begin where `dst` lies on 16 bytes:     | head |  group | group | .. | tail |
+//   thread t: groups t, t + 256, ..                four packs loaded before the first is stored
+//
+// So every store is 16 bytes but for the chunk's head and tail. A source that lies otherwise is read with shifted pairs
+// of aligned loads (pack.cuh). `src` and `dst` are the same memory or do not overlap.
+#pragma once
+#include "table.cuh"
+
+constexpr uint32_t BLOCK_THREADS = 256;
+
+// One chunk: addresses of its first element.
+struct Piece {
+  uint64_t src;
+  uint64_t dst;
+  Span src_span;  // of the whole tensor
+  uint32_t len_elems;
+};
+
+template <uint32_t SRC_BYTES, uint32_t DST_BYTES>
+struct Group {
+  static constexpr uint32_t LANES = PACK_BYTES / (SRC_BYTES < DST_BYTES ? SRC_BYTES : DST_BYTES);
+  static constexpr uint32_t SRC_PACKS = LANES * SRC_BYTES / PACK_BYTES;
+  static constexpr uint32_t DST_PACKS = LANES * DST_BYTES / PACK_BYTES;
+  static constexpr uint32_t IN_FLIGHT = 4 / SRC_PACKS;
+  using Source = Pack[SRC_PACKS];
+  using Target = Pack[DST_PACKS];
+};
+
+// Elements `first ..` of the piece, some of which may lie outside it: those are zero.
+template <uint32_t BYTES, uint32_t PACKS>
+DEVICE void load_group(const Piece& piece, int32_t first, bool is_whole, Pack (&packs)[PACKS]) {
+  constexpr int32_t ELEMS = PACK_BYTES / BYTES;
+#pragma unroll
+  for (uint32_t i = 0; i < PACKS; ++i) {
+    const int32_t index = first + static_cast<int32_t>(i) * ELEMS;
+    const uint64_t address = piece.src + static_cast<int64_t>(index) * BYTES;
+    if (is_whole && load_wide(piece.src_span, address, packs[i])) continue;
+    packs[i] = {};
+#pragma unroll
+    for (int32_t k = 0; k < ELEMS; ++k) {
+      const bool is_inside = index + k >= 0 && index + k < static_cast<int32_t>(piece.len_elems);
+      if (is_inside) set_element<BYTES>(packs[i], k, load_bits<BYTES>(address + k * BYTES));
+    }
+  }
+}
+
+template <uint32_t BYTES, uint32_t PACKS>
+DEVICE void store_group(const Piece& piece, int32_t first, bool is_whole, const Pack (&packs)[PACKS]) {
+  constexpr int32_t ELEMS = PACK_BYTES / BYTES;
+#pragma unroll
+  for (uint32_t i = 0; i < PACKS; ++i) {
+    const int32_t index = first + static_cast<int32_t>(i) * ELEMS;
+    const uint64_t address = piece.dst + static_cast<int64_t>(index) * BYTES;
+    if (is_whole) {
+      store_pack(address, packs[i]);
+      continue;
+    }
+#pragma unroll
+    for (int32_t k = 0; k < ELEMS; ++k) {
+      const bool is_inside = index + k >= 0 && index + k < static_cast<int32_t>(piece.len_elems);
+      if (is_inside) store_bits<BYTES>(address + k * BYTES, element<BYTES>(packs[i], k));
+    }
+  }
+}
+
+// dst = op(src) for one chunk. `op(source, target, first)` makes one group; `first` is its first element in the piece,
+// negative if the group begins before it.
+template <uint32_t SRC_BYTES, uint32_t DST_BYTES, class Op>
+DEVICE void map_chunk(const Piece& piece, const Op& op) {
+  using G = Group<SRC_BYTES, DST_BYTES>;
+  constexpr int32_t LANES = G::LANES, IN_FLIGHT = G::IN_FLIGHT;
+  const int32_t len_elems = static_cast<int32_t>(piece.len_elems);
+  const int32_t head = static_cast<int32_t>((PACK_BYTES - piece.dst % PACK_BYTES) % PACK_BYTES / DST_BYTES);
+  const bool same_phase = (piece.src + head * SRC_BYTES) % PACK_BYTES == 0;
+  constexpr int32_t STEP = BLOCK_THREADS * LANES;
+  // The group before the first aligned one holds the head.
+  const int32_t begin = head == 0 ? 0 : head - LANES;
+  int32_t first = begin + static_cast<int32_t>(threadIdx.x) * LANES;
+#pragma unroll 1
+  while (same_phase && first >= 0 && first + (IN_FLIGHT - 1) * STEP + LANES <= len_elems) {
+    typename G::Source source[IN_FLIGHT];
+#pragma unroll
+    for (int32_t i = 0; i < IN_FLIGHT; ++i) {
+#pragma unroll
+      for (uint32_t k = 0; k < G::SRC_PACKS; ++k) {
+        source[i][k] = load_pack(piece.src + static_cast<uint32_t>(first + i * STEP) * SRC_BYTES + k * PACK_BYTES);
+      }
+    }
+#pragma unroll
+    for (int32_t i = 0; i < IN_FLIGHT; ++i) {
+      typename G::Target target;
+      op(source[i], target, first + i * STEP);
+#pragma unroll
+      for (uint32_t k = 0; k < G::DST_PACKS; ++k) {
+        store_pack(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES + k * PACK_BYTES, target[k]);
+      }
+    }
+    first += IN_FLIGHT * STEP;
+  }
+#pragma unroll 1
+  for (; first < len_elems; first += STEP) {
+    const bool is_whole = first >= 0 && first + LANES <= len_elems;
+    typename G::Source source;
+    typename G::Target target;
+    load_group<SRC_BYTES>(piece, first, is_whole, source);
+    op(source, target, first);
+    store_group<DST_BYTES>(piece, first, is_whole, target);
+  }
+}
+
+// As `map_chunk`, one element at a time: for f64 into another dtype, which no step of a training needs.
+template <uint32_t SRC_BYTES, uint32_t DST_BYTES, class Op>
+DEVICE void map_elements(const Piece& piece, const Op& op) {
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < piece.len_elems; i += BLOCK_THREADS) {
+    const auto bits = load_bits<SRC_BYTES>(piece.src + i * SRC_BYTES);
+    store_bits<DST_BYTES>(piece.dst + i * DST_BYTES, op(bits));
+  }
+}
