@@ -7,13 +7,16 @@
 //! ```
 //!
 //! Criterion keeps each operation's history. The table at the end is measured apart: each operation, its floor and, where
-//! `python3` has torch, PyTorch's version on one thread (`ops_pytorch.py`) by turns, because a virtual machine's memory
-//! bandwidth changes from second to second. It gives medians; the ratio is what to read.
+//! `python3` has torch, PyTorch's version on one thread (`ops_pytorch.py`) by turns and over the same memory, because a
+//! virtual machine's bandwidth changes from second to second and from page to page. It gives medians; the ratio is what to
+//! read.
 //!
 //! Bytes are what the program reads and writes; the line a store fetches before it is overwritten is not counted.
 
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Write};
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
@@ -24,64 +27,75 @@ use annulus::ops::{
 };
 use criterion::{Criterion, Throughput};
 use half::{bf16, f16};
+use memmap2::MmapMut;
+use rustix::fs::MemfdFlags;
 
 /// Rounds of the table. Odd, so that the median is one of them.
 const ROUNDS: usize = 11;
 
-/// The tensors all operations share.
+/// The tensors all operations share, PyTorch's among them: on a virtual machine the same loop over two ranges of memory
+/// differs by a half, so both libraries work on the same pages.
 struct Tensors {
-    gradient: Aligned<f32>,
-    master: Aligned<f32>,
-    exp_avg: Aligned<f32>,
-    exp_avg_sq: Aligned<f32>,
-    model: Aligned<bf16>,
-    half: Aligned<f16>,
+    gradient: Shared<f32>,
+    master: Shared<f32>,
+    exp_avg: Shared<f32>,
+    exp_avg_sq: Shared<f32>,
+    model: Shared<bf16>,
+    half: Shared<f16>,
     slots: NormSlots,
 }
 
-/// Elements that begin on a cache line, as they do in an arena and in PyTorch's tensors.
-struct Aligned<T> {
-    elements: Vec<T>,
-    start: usize,
-    len_elems: usize,
+/// Elements in memory that a child process maps, too, through the descriptor it inherits.
+struct Shared<T> {
+    fd: OwnedFd,
+    map: MmapMut,
+    element: PhantomData<T>,
 }
 
-impl<T: Copy> Aligned<T> {
-    fn new(len_elems: usize, element: impl Fn(usize) -> T) -> Aligned<T> {
-        let mut elements = vec![element(0); len_elems + 64];
-        let start = elements.as_ptr().align_offset(64);
-        for (i, x) in elements[start..start + len_elems].iter_mut().enumerate() {
+impl<T: bytemuck::Pod> Shared<T> {
+    fn new(name: &str, len_elems: usize, element: impl Fn(usize) -> T) -> std::io::Result<Shared<T>> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::empty())?;
+        rustix::fs::ftruncate(&fd, (len_elems * size_of::<T>()) as u64)?;
+        // SAFETY: nobody truncates the memfd, and the only other process that maps it works when this one waits for it.
+        let map = unsafe { MmapMut::map_mut(&fd)? };
+        let mut shared = Shared { fd, map, element: PhantomData };
+        for (i, x) in shared.iter_mut().enumerate() {
             *x = element(i);
         }
-        Aligned { elements, start, len_elems }
+        Ok(shared)
     }
 }
 
-impl<T> std::ops::Deref for Aligned<T> {
+impl<T: bytemuck::Pod> std::ops::Deref for Shared<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &self.elements[self.start..self.start + self.len_elems]
+        bytemuck::cast_slice(&self.map)
     }
 }
 
-impl<T> std::ops::DerefMut for Aligned<T> {
+impl<T: bytemuck::Pod> std::ops::DerefMut for Shared<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.elements[self.start..self.start + self.len_elems]
+        bytemuck::cast_slice_mut(&mut self.map)
     }
 }
 
 impl Tensors {
-    fn new(len_elems: usize) -> Tensors {
+    fn new(len_elems: usize) -> std::io::Result<Tensors> {
         let gradient = |i: usize| ((i * 7919) % 2003) as f32 * 1e-3 - 1.0;
-        Tensors {
-            gradient: Aligned::new(len_elems, gradient),
-            master: Aligned::new(len_elems, |i| gradient(i) * 0.1),
-            exp_avg: Aligned::new(len_elems, |_| 1e-3),
-            exp_avg_sq: Aligned::new(len_elems, |_| 1e-6),
-            model: Aligned::new(len_elems, |_| bf16::ONE),
-            half: Aligned::new(len_elems, |_| f16::ONE),
+        Ok(Tensors {
+            gradient: Shared::new("gradient", len_elems, gradient)?,
+            master: Shared::new("master", len_elems, |i| gradient(i) * 0.1)?,
+            exp_avg: Shared::new("exp_avg", len_elems, |_| 1e-3)?,
+            exp_avg_sq: Shared::new("exp_avg_sq", len_elems, |_| 1e-6)?,
+            model: Shared::new("model", len_elems, |_| bf16::ONE)?,
+            half: Shared::new("half", len_elems, |_| f16::ONE)?,
             slots: NormSlots::new(&[len_elems]).expect("the length fits"),
-        }
+        })
+    }
+
+    /// Descriptors, in the order in which `ops_pytorch.py` takes them.
+    fn fds(&self) -> [&OwnedFd; 6] {
+        [&self.gradient.fd, &self.master.fd, &self.exp_avg.fd, &self.exp_avg_sq.fd, &self.model.fd, &self.half.fd]
     }
 }
 
@@ -314,7 +328,8 @@ fn median(samples: &[f64]) -> f64 {
 
 fn print_table(tensors: &mut Tensors, selected: &dyn Fn(&str) -> bool) {
     let len_elems = tensors.gradient.len();
-    let mut torch = Torch::start(len_elems).map_err(|reason| println!("no times of PyTorch: {reason}")).ok();
+    let mut torch =
+        Torch::start(len_elems, tensors.fds()).map_err(|reason| println!("no times of PyTorch: {reason}")).ok();
     println!("\n{len_elems} elements, one thread, medians of {ROUNDS} rounds, all three by turns");
     println!("(floor: the same bytes by a plain loop or memcpy; ratio: time over the floor's, per byte)\n");
     let [a, b, c, d, e, f, g] = ["operation", "bytes/elem", "ms", "GB/s", "floor ms", "ratio", "torch ms"];
@@ -345,10 +360,11 @@ struct Torch {
 }
 
 impl Torch {
-    fn start(len_elems: usize) -> Result<Torch, String> {
+    fn start(len_elems: usize, fds: [&OwnedFd; 6]) -> Result<Torch, String> {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/ops_pytorch.py");
         let mut process = Command::new("python3")
             .args([script, &len_elems.to_string()])
+            .args(fds.map(|fd| fd.as_raw_fd().to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -390,7 +406,7 @@ fn main() {
         Err(_) if check_only => 10_000,
         Err(_) => 100_000_000,
     };
-    let mut tensors = Tensors::new(len_elems);
+    let mut tensors = Tensors::new(len_elems).expect("memory for the tensors");
 
     let mut criterion = Criterion::default().sample_size(10).configure_from_args();
     let mut group = criterion.benchmark_group("ops");

@@ -1,27 +1,36 @@
 """PyTorch's CPU versions of what `benches/ops.rs` times, on one thread, driven by it so that both are timed by turns.
 
-    python3 benches/ops_pytorch.py 100000000
+    python3 benches/ops_pytorch.py 100000000 FD FD FD FD FD FD
+
+The descriptors are the memory of gradient, master weights, first and second moment (float32), model (bfloat16) and half
+(float16): the tensors of `benches/ops.rs` themselves, because on a virtual machine the same loop takes half as long again over
+other pages.
 
 Prints the names of the operations it has on one line; then, for each name read from standard input, runs that operation once
 and prints its milliseconds. In place where annulus works in place, preallocated outputs elsewhere, so that no allocation is
 timed; the optimizers are PyTorch's fused ones.
 """
 
+import mmap
 import sys
 import time
 
 import torch
 
 
-def operations(len_elems):
-    gradient = torch.rand(len_elems) * 2 - 1
-    model = torch.ones(len_elems, dtype=torch.bfloat16)
-    half = torch.ones(len_elems, dtype=torch.float16)
-    weight = torch.nn.Parameter(gradient * 0.1)
+def operations(len_elems, fds):
+    def tensor(fd, dtype):
+        return torch.frombuffer(mmap.mmap(fd, len_elems * dtype.itemsize), dtype=dtype)
+
+    gradient, master, exp_avg, exp_avg_sq = (tensor(fd, torch.float32) for fd in fds[:4])
+    model, half = tensor(fds[4], torch.bfloat16), tensor(fds[5], torch.float16)
+    weight = torch.nn.Parameter(master)
     weight.grad = gradient
     coefficient = torch.tensor(0.9999999)
     adamw = torch.optim.AdamW([weight], lr=1e-4, fused=True)
+    adamw.state[weight] = {"step": torch.tensor(10.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     sgd = torch.optim.SGD([weight], lr=1e-4, momentum=0.9, weight_decay=0.01, fused=True)
+    sgd.state[weight] = {"momentum_buffer": exp_avg}
 
     def unscale_and_norm():
         torch._foreach_mul_([gradient], coefficient)
@@ -45,8 +54,7 @@ def operations(len_elems):
 
 def main():
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    known = operations(int(sys.argv[1]))
+    known = operations(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:]])
     print(" ".join(known), flush=True)
     for line in sys.stdin:
         operation = known[line.strip()]
