@@ -71,7 +71,18 @@ fn build() -> Result<(), String> {
             write(&committed, &text)?;
         }
     }
-    Ok(())
+    match &nvcc {
+        Some(nvcc) if update => update_mutants(nvcc, &out),
+        _ => Ok(()),
+    }
+}
+
+/// The variants of the collective that the tests must catch; see `kernels/mutant.cuh`.
+fn update_mutants(nvcc: &Nvcc, out: &Path) -> Result<(), String> {
+    let source = Path::new("kernels/collective.cu");
+    let digest = ptx::digest(source).map_err(|error| format!("{}: {error}", source.display()))?;
+    let text = nvcc.compile(source, &out.join("mutants.ptx"), &["-DMUTANTS"])?;
+    write(Path::new("tests/vgpu/mutants/collective.ptx"), &ptx::normalize(&text, digest)?)
 }
 
 fn read(path: &Path) -> Result<String, String> {

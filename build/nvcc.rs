@@ -1,7 +1,6 @@
 //! Finding nvcc and calling it.
 
 use std::env;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,7 +38,7 @@ impl Nvcc {
     }
 
     /// Compiles `source` to PTX text, by way of `target`.
-    pub fn compile(&self, source: &Path, target: &Path, definitions: &[OsString]) -> Result<String, String> {
+    pub fn compile(&self, source: &Path, target: &Path, definitions: &[&str]) -> Result<String, String> {
         let mut command = Command::new(&self.path);
         command.args(FLAGS).args(definitions).arg("-o").arg(target).arg(source);
         let output = command.output().map_err(|error| format!("{}: {error}", self.path.display()))?;

@@ -17,12 +17,6 @@
 
 #define DEVICE static __device__ __forceinline__
 
-// The variants that the tests must catch are built with -DMUTANT=n; tests/vgpu/tests/mutants.rs lists them. 0 is the
-// kernel.
-#ifndef MUTANT
-#define MUTANT 0
-#endif
-
 // Whether `seen` has reached `wanted`: true for the 2^31 generations from `wanted` on.
 DEVICE bool reached(uint32_t seen, uint32_t wanted) { return static_cast<int32_t>(seen - wanted) >= 0; }
 

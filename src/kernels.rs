@@ -13,6 +13,10 @@ macro_rules! ptx {
 /// Casts, in-place scaling and clipping by value. Arguments: [`CastArguments`](crate::abi::CastArguments) and its neighbours.
 pub const CAST: &str = ptx!("cast");
 
+/// Any collective by any schedule: `collective_*`, by element type. Argument:
+/// [`CollectiveArguments`](crate::abi::collective::CollectiveArguments).
+pub const COLLECTIVE: &str = ptx!("collective");
+
 /// Norm of a list of gradients, clip coefficient, skip decision. Arguments: [`NormArguments`](crate::abi::NormArguments).
 pub const NORM: &str = ptx!("norm");
 
@@ -20,7 +24,7 @@ pub const NORM: &str = ptx!("norm");
 pub const PROBE: &str = ptx!("probe");
 
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 3] = [("cast", CAST), ("norm", NORM), ("probe", PROBE)];
+pub const ALL: [(&str, &str); 4] = [("cast", CAST), ("collective", COLLECTIVE), ("norm", NORM), ("probe", PROBE)];
 
 /// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.
 pub fn origin(ptx: &str) -> &str {

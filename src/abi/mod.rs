@@ -5,6 +5,7 @@
 //! the device reaches), as `CUdeviceptr`. The kernels trust them: whoever launches a kernel vouches for them.
 
 mod cast;
+pub mod collective;
 mod norm;
 mod probe;
 mod table;
