@@ -207,6 +207,43 @@ fn p10_forged_frames_do_no_harm() {
     job_goes_on(tmpdir.path(), rank_0, 3);
 }
 
+/// Damaged hellos by the thousand against a living rank 0, many of them as long as a frame may be.
+#[test]
+fn p10_damaged_frames_by_the_thousand_cost_no_memory_and_no_job() {
+    let tmpdir = tempfile::tempdir().unwrap();
+    let (rank_0, socket) = waiting_rank_0(tmpdir.path(), "meet", 2);
+    let resident_bytes = || {
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", rank_0.pid())).unwrap();
+        statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * rustix::param::page_size()
+    };
+    let mut random = annulus::strategy::Rng::new(10);
+    let mut before = 0;
+    for attempt in 0..if long() { 100_000 } else { 2_000 } {
+        let connection = connect(&socket).unwrap();
+        let nonce = nonce_of(&receive(&connection).unwrap());
+        let mut bytes = hello(&nonce, JOB, 1, 2);
+        for _ in 0..random.below(4) {
+            let at = random.below(bytes.len() as u64) as usize;
+            match random.below(4) {
+                0 => bytes[at] = random.next_u64() as u8,
+                1 => bytes.truncate(at + 1),
+                2 => drop(bytes.splice(at..at, std::iter::repeat_n(b'[', random.below(65_000) as usize))),
+                _ => drop(bytes.splice(at..at, random.next_u64().to_string().into_bytes())),
+            }
+        }
+        send(&connection, &bytes);
+        // Without its two descriptors not even a whole hello makes a rank.
+        let answer = receive(&connection).unwrap();
+        assert!(answer.contains("Refused"), "{answer}: {}", bytes.escape_ascii());
+        if attempt == 200 {
+            before = resident_bytes(); // the allocator has what it needs
+        }
+    }
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown <= 1 << 20, "rank 0 has grown by {grown} bytes");
+    job_goes_on(tmpdir.path(), rank_0, 2);
+}
+
 /// Clients that connect and say nothing, more of them than rank 0 serves at once.
 #[test]
 fn p10_slow_clients_keep_nobody_waiting() {

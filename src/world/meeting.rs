@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A rank 0 that is killed while it waits leaves a name behind. A socket nobody listens on refuses connections at once,
-//! so whoever comes next can tell it from a living one and removes it.
+//! so whoever comes next, or waits for that rank 0, can tell it from a living one and removes it.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -186,7 +186,7 @@ pub(crate) enum NotConnected {
 /// Connects to rank 0.
 pub(crate) fn connect(place: &Place) -> std::result::Result<OwnedFd, NotConnected> {
     let socket = new_socket().map_err(NotConnected::Failed)?;
-    let (address, _folder) = match place {
+    let (address, named) = match place {
         Place::Inherited { inode, .. } => (through_fd(inode.as_fd(), ""), None),
         Place::Named { folder, name } => match Folder::open(folder, false) {
             Ok(folder) => (through_fd(folder.fd.as_fd(), name), Some(folder)),
@@ -199,9 +199,19 @@ pub(crate) fn connect(place: &Place) -> std::result::Result<OwnedFd, NotConnecte
     match rustix::net::connect(&socket, &address.map_err(NotConnected::Failed)?) {
         Ok(()) => Ok(socket),
         Err(Errno::AGAIN | Errno::INTR) => Err(NotConnected::NotYet),
-        Err(Errno::CONNREFUSED) if matches!(place, Place::Inherited { .. }) => Err(NotConnected::Gone),
-        // A stale name, or none yet.
-        Err(Errno::CONNREFUSED | Errno::NOENT) => Err(NotConnected::NotYet),
+        Err(Errno::CONNREFUSED) => match named {
+            None => Err(NotConnected::Gone),
+            // The rank 0 that had this name was killed. Another may come, so this is no verdict; but if none does, the name
+            // is not to stay.
+            Some(folder) => {
+                if let Ok(_lock) = folder.lock() {
+                    folder.sweep();
+                    folder.remove_if_empty();
+                }
+                Err(NotConnected::NotYet)
+            }
+        },
+        Err(Errno::NOENT) => Err(NotConnected::NotYet),
         Err(errno) => Err(NotConnected::Failed(Error::io(format!("connecting to {place}"), errno))),
     }
 }
@@ -363,8 +373,6 @@ mod tests {
         stale.name = None;
         drop(stale);
         assert_eq!(entries(&folder).len(), 2);
-        assert!(matches!(connect(&named(&folder, "stale")), Err(NotConnected::NotYet)));
-
         let again = Listening::open(&named(&folder, "stale")).unwrap();
         assert!(connect(&named(&folder, "stale")).is_ok() && connect(&named(&folder, "living")).is_ok());
         let second = Listening::open(&named(&folder, "living")).unwrap_err();
@@ -373,6 +381,13 @@ mod tests {
         assert_eq!(entries(&folder), [socket_name("living")]);
         drop(living);
         assert!(!folder.exists(), "the last one takes the folder along");
+
+        // A rank that waits for a rank 0 that was killed takes its name, and the folder, away.
+        let mut killed = Listening::open(&named(&folder, "killed")).unwrap();
+        killed.name = None;
+        drop(killed);
+        assert!(matches!(connect(&named(&folder, "killed")), Err(NotConnected::NotYet)));
+        assert!(!folder.exists());
     }
 
     #[test]
