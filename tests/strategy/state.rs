@@ -266,6 +266,26 @@ fn a_rank_that_cannot_save_or_load_is_an_error_on_all() {
     });
 }
 
+#[test]
+fn ranks_that_save_different_keys_are_told_before_the_old_file_goes() {
+    ddp(2, options(), |strategy| {
+        let mut strategy: Box<dyn Strategy> = Box::new(strategy);
+        let (_folder, path) = shared_path(&mut strategy);
+        let model = Mlp::set_up(&mut strategy);
+        strategy.save_checkpoint(&path, &State::new().module("model", &model).value("epoch", &1), None).unwrap();
+        let mut state = State::new().module("model", &model).value("epoch", &2);
+        if strategy.rank() == 0 {
+            state = state.per_rank("rng", &Rng::new(1));
+        }
+        let error = strategy.save_checkpoint(&path, &state, None).unwrap_err();
+        assert!(matches!(&error, Error::Disagreement { mine, .. } if mine.contains("rng")), "{error}");
+        let report = strategy.load_checkpoint(&path, None, true).unwrap();
+        assert_eq!(report.checkpoint.value::<u32>("epoch").unwrap(), Some(1));
+        strategy.barrier("before the folder is removed").unwrap();
+        strategy.teardown(TIMEOUT).unwrap();
+    });
+}
+
 // ---- resuming ------------------------------------------------------------------------------------------------------
 
 /// A run that can be stopped after any batch and resumed.

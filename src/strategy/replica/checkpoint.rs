@@ -338,9 +338,12 @@ impl Replica {
     pub fn save_checkpoint(&mut self, path: &Path, state: &State<'_>, filter: Option<&Filter<'_>>) -> Result<()> {
         self.report_deferred()?;
         self.gate.wait()?;
-        // What is wrong with one rank's state is an error on all of them, before any of them waits for it.
+        // What is wrong with one rank's state is an error on all of them, before any of them waits for it; and every rank
+        // must have the values that are collected from all.
         let prepared = prepare(state, filter);
-        self.agree(prepared.as_ref().map(|_| String::new()))?;
+        let collected = state.items.iter().filter(|(_, item)| matches!(item, Item::PerRank(_)));
+        let collected: Vec<&str> = collected.map(|(key, _)| &**key).collect();
+        self.agree("the keys of values per rank", prepared.as_ref().map(|_| format!("{collected:?}")))?;
         let mut values = prepared?;
         for (key, item) in &state.items {
             if let Item::PerRank(text) = item {
@@ -362,7 +365,7 @@ impl Replica {
             _ => Ok(()),
         };
         // Nobody goes on before the file is there, or the error is known.
-        self.agree(written.as_ref().map(|()| String::new()))?;
+        self.agree("the checkpoint", written.as_ref().map(|()| String::new()))?;
         written
     }
 
@@ -381,7 +384,8 @@ impl Replica {
             Ok((checkpoint, plan))
         });
         // All ranks have validated the same file before any of them changes anything.
-        self.agree(planned.as_ref().map(|(checkpoint, _)| format!("{:08x}", checkpoint.fingerprint())))?;
+        let checksum = planned.as_ref().map(|(checkpoint, _)| format!("{:08x}", checkpoint.fingerprint()));
+        self.agree("the checkpoint's checksum", checksum)?;
         let (checkpoint, plan) = planned?;
         let mut records = plan.records.into_iter();
         for (key, item) in &mut state.items {
@@ -402,8 +406,8 @@ impl Replica {
         Ok(LoadReport { remaining: remaining.into_iter().collect(), missing: plan.missing, checkpoint })
     }
 
-    /// Tells the other ranks how this one fares: every rank fails if one does, or if what they say differs.
-    fn agree(&mut self, mine: std::result::Result<String, &Error>) -> Result<()> {
+    /// Tells the other ranks how this one fares: every rank fails if one does, or if what they say of `what` differs.
+    fn agree(&mut self, what: &str, mine: std::result::Result<String, &Error>) -> Result<()> {
         let failed = mine.is_err();
         let text = match mine {
             Ok(text) => format!("+{text}"),
@@ -420,7 +424,7 @@ impl Replica {
             }
             if *theirs != all[0] {
                 return Err(Error::Disagreement {
-                    what: "the checkpoint's checksum".to_owned(),
+                    what: what.to_owned(),
                     rank: 0,
                     mine: String::from_utf8_lossy(&all[0][1..]).into_owned(),
                     peer: rank as u32,
