@@ -209,6 +209,8 @@ pub(crate) struct Gradients {
     pub loss_scale: f32,
     /// A reduction was started that the compute stream is not ordered behind yet.
     pub unjoined: bool,
+    /// Backwards begun so far: tells whether a measurement is of the gradients as they are now.
+    pub backwards: u64,
 }
 
 impl Gradients {
@@ -247,6 +249,7 @@ impl Gradients {
             unreduced: false,
             loss_scale: 1.0,
             unjoined: false,
+            backwards: 0,
         })
     }
 
@@ -273,6 +276,7 @@ impl Gradients {
         if !self.has_any() {
             self.fresh.fill(true);
         }
+        self.backwards += 1;
         self.ready.fill(false);
         self.missing.copy_from_slice(&self.parameters_in);
         self.launched = 0;

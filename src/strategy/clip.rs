@@ -18,7 +18,7 @@ pub enum Nonfinite {
     /// The step is skipped: no weight and no moment changes.
     #[default]
     SkipStep,
-    /// The step is skipped, and the next call of `backward`, of `clip_gradients_norm` or of `save_checkpoint` returns
+    /// The step is skipped, and the next call of `backward`, `clip_gradients_norm`, `save_checkpoint` or `teardown` returns
     /// [`Error::Nonfinite`] naming the first bad tensor. Nothing waits on the host for it before that call.
     ErrorDeferred,
     /// The call waits for the norm and returns [`Error::Nonfinite`]; the gradients are thrown away.

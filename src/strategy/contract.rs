@@ -129,8 +129,8 @@ pub trait Strategy: Send {
     /// select different parameters.
     ///
     /// # Errors
-    /// [`Error::AlreadySetUp`] if one of the parameters has an optimizer; [`Error::InvalidArgument`] for a module that was
-    /// not set up, for hyper-parameters out of range, or if no parameter is selected.
+    /// [`Error::AlreadySetUp`] if one of the parameters has an optimizer; [`Error::Disagreement`] if the ranks' rules, learning
+    /// rates or selections differ; [`Error::InvalidArgument`] for a module that was not set up, for hyper-parameters out of range, or if no parameter is selected.
     fn setup_optimizer(&mut self, module: &dyn Module, optimizer: OptimizerSpec) -> Result<Optimizer>;
 
     /// Sets up a module and its optimizers: one, a tuple, a vector or none (`()`). They come back in the order given.
@@ -188,8 +188,9 @@ pub trait Strategy: Send {
         body: &mut dyn FnMut(&mut GradSink<'_>) -> Result<()>,
     ) -> Result<()>;
 
-    /// While the guard lives, backward accumulates gradients without reducing them: for all micro-batches of a step but the
-    /// last. `enabled: false` changes nothing. Dropping the guard restores what was before, so guards nest.
+    /// While the guard lives, backward of this module accumulates gradients without reducing them: for all micro-batches of a
+    /// step but the last. Guards nest: gradients are reduced again when the last one of the module is dropped.
+    /// `enabled: false` changes nothing.
     ///
     /// The sum over micro-batches is that of one large batch if each loss is divided by their number.
     ///
@@ -201,7 +202,8 @@ pub trait Strategy: Send {
     /// is that of the averaged, unscaled gradients, the same bits on every rank.
     ///
     /// The factor is kept for the step and folded into it: gradients are not rewritten. A second call before the step
-    /// replaces the first.
+    /// replaces the first; a backward between call and step makes the step an error, because the factor would not be that
+    /// of its gradients.
     ///
     /// Fabric waits for the norm and by default fails if it is not finite; here nothing waits, and what happens to such a
     /// step is said by `nonfinite`.
@@ -218,7 +220,8 @@ pub trait Strategy: Send {
         nonfinite: Nonfinite,
     ) -> Result<NormHandle>;
 
-    /// Limits every element of the optimizer's gradients, unscaled, to `[-clip_value, clip_value]`. NaN is kept.
+    /// Limits every element of the optimizer's gradients, unscaled, to `[-clip_value, clip_value]`. NaN is kept. An infinity
+    /// becomes the limit, but where the loss is scaled it has been noticed before: that step is skipped.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a negative or NaN limit, or gradients that are missing or not reduced.
@@ -228,8 +231,8 @@ pub trait Strategy: Send {
     /// gradient was not finite, changes no weight and no moment.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for gradients that are missing or not reduced; [`Error::Borrowed`] if a parameter is
-    /// being read.
+    /// [`Error::InvalidArgument`] for gradients that are missing, not reduced, or not those that were clipped;
+    /// [`Error::Borrowed`] if a parameter is being read.
     ///
     /// # Synchronization
     /// Returns once enqueued; reading a parameter waits for it.
@@ -453,8 +456,9 @@ pub trait Strategy: Send {
     /// without waiting and without an error.
     ///
     /// # Errors
-    /// [`Error::BarrierTimeout`] naming the ranks that did not come; the first error of what was enqueued. Everything is
-    /// let go of all the same.
+    /// [`Error::BarrierTimeout`] naming the ranks that did not come; the first error of what was enqueued;
+    /// [`Error::Nonfinite`] of the last step under [`ErrorDeferred`](Nonfinite::ErrorDeferred). Everything is let go of all
+    /// the same.
     fn teardown(self, timeout: Duration) -> Result<()>
     where
         Self: Sized,

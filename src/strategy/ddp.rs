@@ -23,8 +23,8 @@ impl Ddp {
     /// Every rank passes the same options.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for options out of range; the errors of
-    /// [`World::join`].
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for options out of range;
+    /// [`Error::Disagreement`](crate::Error::Disagreement) if the ranks' options differ; the errors of [`World::join`].
     pub fn setup_environment(environment: Environment, options: StrategyOptions) -> Result<Ddp> {
         Ok(Ddp { replica: Replica::new(environment, options, true)? })
     }

@@ -4,7 +4,7 @@
 //! parameters and makes an [`Optimizer`], which owns the rule's state. Where that state lives, and on which stream the rule
 //! runs, is the strategy's affair: one that shards its state hands the rule a piece of each parameter.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::{Arc, Mutex};
 
 use super::bucket::Gradient;
@@ -263,8 +263,8 @@ pub struct Optimizer {
     /// The module whose parameters it updates.
     pub(crate) module: usize,
     learning_rate: f64,
-    /// Whether the gradients were measured since they were reduced.
-    pub(crate) is_measured: bool,
+    /// The backward of its module behind which the gradients were measured; none since the last step.
+    pub(crate) measured_at: Option<u64>,
     /// Results of norms, used again as soon as nobody holds their handle.
     slots: Vec<Arc<NormSlot>>,
 }
@@ -299,7 +299,7 @@ impl Optimizer {
             core: Arc::new(OptimizerCore { rule, bound, state: Mutex::new(state) }),
             gate,
             module,
-            is_measured: false,
+            measured_at: None,
             slots: (0..NORM_SLOTS).map(|_| Arc::default()).collect(),
         })
     }
@@ -351,6 +351,17 @@ impl Optimizer {
     /// The parameters it updates, in the order of their module.
     pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
         self.core.bound.iter().map(|bound| &bound.parameter)
+    }
+
+    /// What every rank must have alike, as far as a rule tells it.
+    pub(crate) fn description(&self) -> String {
+        let mut text = format!("{} with learning rate {}\n", self.rule_name(), self.learning_rate);
+        for bound in &self.core.bound {
+            let decay = if bound.decays { "" } else { " without decay" };
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "parameter {}{decay}", bound.parameter.name());
+        }
+        text
     }
 
     pub(crate) fn state_names(&self) -> &'static [&'static str] {

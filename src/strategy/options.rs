@@ -79,6 +79,20 @@ impl StrategyOptions {
         }
         self.scaler.check()
     }
+
+    /// What replicas must have alike to stay alike, a line each. (How long to wait, and where to record, is each rank's own
+    /// affair.)
+    pub(super) fn fingerprint(&self) -> String {
+        let StrategyOptions { precision, bucket_bytes, first_bucket_bytes, seed, stochastic_rounding, scaler, .. } =
+            self;
+        let CollectiveOptions { algorithm, partials, .. } = &self.collective;
+        format!(
+            "precision {precision}\ngradient dtype {}\nbucket_bytes {bucket_bytes}\nfirst_bucket_bytes {first_bucket_bytes}\n\
+             seed {seed}\nstochastic_rounding {stochastic_rounding}\nscaler {scaler:?}\nalgorithm {algorithm:?}\n\
+             partials {partials:?}",
+            self.gradient_dtype(),
+        )
+    }
 }
 
 impl std::fmt::Debug for StrategyOptions {

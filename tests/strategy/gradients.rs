@@ -8,7 +8,7 @@ use annulus::strategy::{
 };
 use annulus::telemetry::Timeline;
 use annulus::world::Environment;
-use annulus::{DType, Error, NormType, Result, reference};
+use annulus::{Error, NormType, Result, reference};
 
 use crate::model::{Loss, Mlp, Sample, TIMEOUT, bits, ddp, everywhere, options, samples};
 
@@ -231,6 +231,34 @@ fn row_no_backward_sync_accumulates_one_large_batch() {
 }
 
 #[test]
+fn no_backward_sync_is_of_one_module_until_its_last_guard_goes() {
+    let data = samples(6);
+    ddp(2, options(), |strategy| {
+        let mut strategy: Box<dyn Strategy> = Box::new(strategy);
+        let (mut held_back, mut other) = (Mlp::set_up(&mut strategy), Mlp::set_up(&mut strategy));
+        let is_reduced = |strategy: &mut Box<dyn Strategy>, model: &mut Mlp| {
+            let seen = std::cell::Cell::new(false);
+            let loss = |model: &mut Mlp, sink: &mut GradSink<'_>| {
+                seen.set(sink.is_synchronizing());
+                Backward::backward(&Loss::of(&data), model, sink)
+            };
+            strategy.backward(&loss, model).unwrap();
+            seen.get()
+        };
+        let first = strategy.no_backward_sync(&held_back, true).unwrap();
+        let second = strategy.no_backward_sync(&held_back, true).unwrap();
+        assert!(!is_reduced(&mut strategy, &mut held_back));
+        assert!(is_reduced(&mut strategy, &mut other), "the guard is of another module");
+        // Not in the order of a stack.
+        drop(first);
+        assert!(!is_reduced(&mut strategy, &mut held_back), "the second guard lives");
+        drop(second);
+        assert!(is_reduced(&mut strategy, &mut held_back));
+        strategy.teardown(TIMEOUT).unwrap();
+    });
+}
+
+#[test]
 fn row_no_backward_sync_forgotten_is_an_error() {
     let data = samples(6);
     ddp(2, options(), |strategy| {
@@ -360,7 +388,7 @@ fn several_optimizers_step_by_turns() {
     });
 }
 
-fn clip(strategy: &mut Box<dyn Strategy>, model: &Mlp, optimizer: &mut Optimizer, max: f64, p: NormType) -> f64 {
+pub fn clip(strategy: &mut Box<dyn Strategy>, model: &Mlp, optimizer: &mut Optimizer, max: f64, p: NormType) -> f64 {
     let handle = strategy.clip_gradients_norm(model, optimizer, max, p, Nonfinite::Propagate).unwrap();
     let norm = handle.get(TIMEOUT).unwrap();
     assert_eq!(handle.poll().unwrap().map(f64::to_bits), Some(norm.to_bits()));
@@ -407,6 +435,32 @@ fn row_clip_gradients_norm() {
         }
         let clipped = strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::P(0.0), Nonfinite::SkipStep);
         assert!(clipped.is_err());
+    });
+}
+
+#[test]
+fn a_clip_before_the_last_backward_is_an_error() {
+    let data = samples(6);
+    everywhere(&options(), |strategy| {
+        let mut model = Mlp::set_up(strategy);
+        let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(0.1).into()).unwrap();
+        strategy.backward(&Loss::of(&data), &mut model).unwrap();
+        clip(strategy, &model, &mut optimizer, 1e-3, NormType::L2);
+        strategy.backward(&Loss::of(&data), &mut model).unwrap();
+        let before = bits(&model.weights());
+        assert!(matches!(strategy.optimizer_step(&mut optimizer), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(
+            strategy.clip_gradients_value(&model, &mut optimizer, 1.0),
+            Err(Error::InvalidArgument { .. })
+        ));
+        assert_eq!(bits(&model.weights()), before);
+        // Clipped again, the step is that of both backwards.
+        let gradient = gradients(strategy, &model);
+        clip(strategy, &model, &mut optimizer, 1e9, NormType::L2);
+        let before = model.weights();
+        strategy.optimizer_step(&mut optimizer).unwrap();
+        let wanted: Vec<f32> = before.iter().zip(&gradient).map(|(w, g)| (-0.1_f32).mul_add(*g, *w)).collect();
+        assert_close(&model.weights(), &wanted, 1e-6);
     });
 }
 
@@ -471,154 +525,4 @@ fn row_clip_gradients_value() {
         let moved: Vec<f32> = before.iter().zip(fresh.weights()).map(|(a, b)| a - b).collect();
         assert_close(&moved[..2], &[0.6, 0.7], 1e-5);
     });
-}
-
-// ---- gradients that are not finite ---------------------------------------------------------------------------------
-
-/// A gradient of 1 everywhere but for `bad` on the last rank, in the third element of one parameter.
-struct Poisoned {
-    bad: f32,
-    is_last: bool,
-}
-
-impl Backward<Mlp> for Poisoned {
-    fn backward(&self, model: &mut Mlp, sink: &mut GradSink<'_>) -> Result<()> {
-        let mut handles: Vec<Parameter> = Vec::new();
-        model.parameters(&mut |parameter| handles.push(parameter.clone()));
-        for parameter in handles.iter().rev() {
-            let mut gradient = vec![sink.loss_scale(); parameter.len_elems()];
-            if self.is_last && parameter.name() == "hidden.bias" {
-                gradient[2] = self.bad;
-            }
-            sink.write(parameter, &gradient)?;
-        }
-        Ok(())
-    }
-}
-
-fn poisoned(strategy: &impl Strategy, bad: f32) -> Poisoned {
-    Poisoned { bad, is_last: strategy.rank() == strategy.world_size() - 1 }
-}
-
-fn state_bits(strategy: &mut Box<dyn Strategy>, model: &Mlp, optimizer: &Optimizer) -> Vec<u32> {
-    let mut all = bits(&model.weights());
-    for tensor in strategy.get_optimizer_state(optimizer).unwrap().tensors.values() {
-        all.extend(bits(tensor.as_slice().unwrap()));
-    }
-    all
-}
-
-#[test]
-fn p14_skip_step_changes_no_weight_and_no_moment() {
-    everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(0.1).into()).unwrap();
-        let data = samples(6);
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let before = state_bits(strategy, &model, &optimizer);
-            let loss = poisoned(strategy, bad);
-            strategy.backward(&loss, &mut model).unwrap();
-            let norm = strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::SkipStep);
-            strategy.optimizer_step(&mut optimizer).unwrap();
-            assert!(!norm.unwrap().get(TIMEOUT).unwrap().is_finite());
-            assert_eq!(state_bits(strategy, &model, &optimizer), before);
-        }
-        assert_eq!((optimizer.steps().unwrap(), optimizer.skipped_steps().unwrap()), (1, 3));
-        // The next good step is made.
-        let before = state_bits(strategy, &model, &optimizer);
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        clip(strategy, &model, &mut optimizer, 1.0, NormType::L2);
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        let after = state_bits(strategy, &model, &optimizer);
-        assert_ne!(after, before);
-        assert!(after.iter().all(|bits| f32::from_bits(*bits).is_finite()));
-        assert_eq!(optimizer.steps().unwrap(), 2);
-    });
-}
-
-#[test]
-fn p14_propagate_lets_it_through() {
-    everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(0.1).into()).unwrap();
-        let loss = poisoned(strategy, f32::NAN);
-        strategy.backward(&loss, &mut model).unwrap();
-        assert!(clip(strategy, &model, &mut optimizer, 1.0, NormType::L2).is_nan());
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        assert!(model.weights().iter().all(|w| w.is_nan()), "the coefficient is NaN");
-        assert_eq!(optimizer.skipped_steps().unwrap(), 0);
-    });
-}
-
-#[test]
-fn p14_error_deferred_names_the_tensor_at_the_next_call() {
-    everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(0.1).into()).unwrap();
-        let before = state_bits(strategy, &model, &optimizer);
-        let loss = poisoned(strategy, f32::INFINITY);
-        strategy.backward(&loss, &mut model).unwrap();
-        strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::ErrorDeferred).unwrap();
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        let error = strategy.backward(&loss, &mut model).unwrap_err();
-        let Error::Nonfinite { tensor, step, total_norm } = &error else { panic!("{error}") };
-        assert_eq!((tensor.as_str(), *step, *total_norm), ("hidden.bias", 1, f64::INFINITY));
-        assert_eq!(state_bits(strategy, &model, &optimizer), before, "the step was skipped");
-        // It is told once, and training can go on.
-        let data = samples(6);
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::ErrorDeferred).unwrap();
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        assert_ne!(state_bits(strategy, &model, &optimizer), before);
-    });
-}
-
-#[test]
-fn p14_error_now_fails_at_once() {
-    everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(0.1).into()).unwrap();
-        let before = state_bits(strategy, &model, &optimizer);
-        let loss = poisoned(strategy, f32::NAN);
-        strategy.backward(&loss, &mut model).unwrap();
-        let clipped = strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::Inf, Nonfinite::ErrorNow);
-        assert!(matches!(clipped, Err(Error::Nonfinite { .. })));
-        assert!(strategy.optimizer_step(&mut optimizer).is_err(), "the gradients are gone");
-        assert_eq!(state_bits(strategy, &model, &optimizer), before);
-        let data = samples(6);
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::ErrorNow).unwrap();
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        assert!(model.weights().iter().all(|w| w.is_finite()));
-    });
-}
-
-#[test]
-fn p14_every_position_is_seen_on_all_ranks() {
-    // One parameter of every small length, the bad element everywhere in it.
-    for (len, dtype) in [(1, DType::F32), (67, DType::F32), (67, DType::BF16), (300, DType::F16)] {
-        let options = StrategyOptions { gradient_dtype: Some(dtype), ..options() };
-        ddp(2, options, |mut strategy| {
-            let init = strategy.module_init_context(Init::Default);
-            let model = crate::rows::One(init.parameter("w", &[len], |_| ()).unwrap());
-            let (mut model, mut optimizer) = strategy.setup_module_and_optimizers(model, Sgd::new(0.1)).unwrap();
-            for at in 0..len {
-                let loss = |model: &mut crate::rows::One, sink: &mut GradSink<'_>| {
-                    let mut gradient = vec![1.0_f32; len];
-                    if sink.buckets().total == 1 && at % 2 == 0 {
-                        gradient[at] = f32::NAN;
-                    }
-                    sink.write(&model.0, &gradient)
-                };
-                strategy.backward(&loss, &mut model).unwrap();
-                strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::SkipStep).unwrap();
-                strategy.optimizer_step(&mut optimizer).unwrap();
-                assert_eq!(optimizer.skipped_steps().unwrap(), at as u64 / 2 + 1);
-            }
-            strategy.teardown(TIMEOUT).unwrap();
-        });
-    }
 }

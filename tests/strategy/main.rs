@@ -3,6 +3,7 @@
 mod collectives;
 mod gradients;
 mod model;
+mod nonfinite;
 mod precision;
 mod rows;
 mod state;

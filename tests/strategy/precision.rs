@@ -171,6 +171,36 @@ fn loss_scaler_skips_shrinks_and_grows() {
 }
 
 #[test]
+fn clipping_by_value_does_not_hide_an_overflow_from_the_scaler() {
+    let scaler = GradScaler::new(1024.0, 2.0, 0.5, 1000).unwrap();
+    everywhere(&StrategyOptions { scaler, ..with(Precision::F16Mixed) }, |strategy| {
+        let mut model = Mlp::set_up(strategy);
+        let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(0.1).into()).unwrap();
+        for (skipped, clips_norm_too) in [(1, false), (2, true)] {
+            let before = bits(&model.weights());
+            let loss = |model: &mut Mlp, sink: &mut GradSink<'_>| sink.write(&model.idle, &[f32::INFINITY, 1.0]);
+            strategy.backward(&loss, &mut model).unwrap();
+            strategy.clip_gradients_value(&model, &mut optimizer, 1.0).unwrap();
+            if clips_norm_too {
+                strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::SkipStep).unwrap();
+            }
+            strategy.optimizer_step(&mut optimizer).unwrap();
+            assert_eq!(bits(&model.weights()), before);
+            assert_eq!(optimizer.skipped_steps().unwrap(), skipped);
+        }
+        // Both made the scale smaller, and the next good step is made.
+        let loss = |model: &mut Mlp, sink: &mut GradSink<'_>| {
+            assert_eq!(sink.loss_scale(), 256.0);
+            sink.write(&model.idle, &[sink.loss_scale(), 0.0])
+        };
+        strategy.backward(&loss, &mut model).unwrap();
+        strategy.clip_gradients_value(&model, &mut optimizer, 0.5).unwrap();
+        strategy.optimizer_step(&mut optimizer).unwrap();
+        assert_eq!(optimizer.steps().unwrap(), 1);
+    });
+}
+
+#[test]
 fn loss_scale_stays_while_gradients_accumulate() {
     let scaler = GradScaler::new(8.0, 2.0, 0.5, 1).unwrap();
     everywhere(&StrategyOptions { scaler, ..with(Precision::F16Mixed) }, |strategy| {

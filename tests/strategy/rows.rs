@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use annulus::device::Uninit;
 use annulus::strategy::{
-    AdamW, DataLoader, Ddp, Device, Init, Last, Module, Parameter, Precision, Sgd, SingleDevice, Strategy,
-    StrategyOptions, UpdateRule, setup,
+    AdamW, DataLoader, Ddp, Device, Init, Last, Module, OptimizerSpec, Parameter, Precision, Sgd, SingleDevice,
+    Strategy, StrategyOptions, UpdateRule, setup,
 };
 use annulus::world::{Environment, launch};
 use annulus::{DType, Error, NormType};
@@ -47,6 +47,17 @@ fn row_setup_environment_returns_a_live_strategy() {
     assert_eq!(setup(Environment::single(), options()).unwrap().world_size(), 1);
     let sizes = launch::threads(2, |environment| setup(environment, options()).unwrap().world_size()).unwrap();
     assert_eq!(sizes, [2, 2]);
+}
+
+#[test]
+fn row_setup_environment_refuses_ranks_whose_options_differ() {
+    let errors = launch::threads(3, |environment| {
+        let options = StrategyOptions { seed: u64::from(environment.rank / 2), ..options() };
+        Ddp::setup_environment(environment, options).map(|_| ()).unwrap_err().to_string()
+    });
+    for error in errors.unwrap() {
+        assert!(error.contains("\"seed 0\"") && error.contains("rank 2") && error.contains("\"seed 1\""), "{error}");
+    }
 }
 
 #[test]
@@ -234,6 +245,26 @@ fn row_setup_optimizer_binds_parameters_once() {
             assert_eq!(optimizer.learning_rate(), 0.1);
         }
     });
+}
+
+#[test]
+fn row_setup_optimizer_refuses_ranks_that_differ() {
+    let optimizers: [fn(u32) -> OptimizerSpec; 3] = [
+        |rank| AdamW::new(0.1 + f64::from(rank)).into(),
+        |rank| AdamW::new(0.1).without_decay(move |parameter| rank == 1 && parameter.name() == "idle"),
+        |rank| AdamW::new(0.1).only(move |parameter| rank == 0 || parameter.name() != "idle"),
+    ];
+    for optimizer in optimizers {
+        let errors = ddp(2, options(), |strategy| {
+            let mut strategy: Box<dyn Strategy> = Box::new(strategy);
+            let model = Mlp::set_up(&mut strategy);
+            let error = strategy.setup_optimizer(&model, optimizer(strategy.rank())).unwrap_err();
+            // The failure left the parameters free.
+            strategy.setup_optimizer(&model, optimizer(0)).unwrap();
+            error
+        });
+        assert!(errors.iter().all(|error| matches!(error, Error::Disagreement { .. })), "{errors:?}");
+    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Backward: gradients into buckets, full buckets into reduction.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::Replica;
+use super::{Replica, ReplicatedModule};
 use crate::collective::Communicator;
 use crate::device::{Event, Stream};
 use crate::dtype::ReduceOp;
@@ -16,31 +16,34 @@ use crate::strategy::module::{Module, Parameter};
 use crate::strategy::statistics::Counters;
 use crate::telemetry::trace::now_ns;
 
-/// While it lives, backward accumulates gradients without reducing them. Made by `Strategy::no_backward_sync`; dropping
-/// it restores what was before.
+/// While it lives, backward of its module accumulates gradients without reducing them. Made by
+/// `Strategy::no_backward_sync`.
 #[must_use = "gradients are reduced again as soon as it is dropped"]
 #[derive(Debug)]
 pub struct NoSyncGuard {
-    synchronize: Arc<AtomicBool>,
-    previous: bool,
+    /// The module's count of guards; none if this one was made disabled. A count, because guards may be dropped in any
+    /// order.
+    guards: Option<Arc<AtomicU32>>,
 }
 
 impl Drop for NoSyncGuard {
     fn drop(&mut self) {
-        // Relaxed: read by the thread that calls backward, which is the one that holds the strategy.
-        self.synchronize.store(self.previous, Ordering::Relaxed);
+        if let Some(guards) = &self.guards {
+            // Relaxed: read by the thread that calls backward, which is the one that holds the strategy.
+            guards.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
 impl Replica {
     pub fn no_backward_sync(&self, module: &dyn Module, enabled: bool) -> Result<NoSyncGuard> {
-        self.module_number(module)?;
-        // Relaxed: see the guard.
-        let previous = match enabled {
-            true => self.synchronize.swap(false, Ordering::Relaxed),
-            false => self.synchronize.load(Ordering::Relaxed),
-        };
-        Ok(NoSyncGuard { synchronize: Arc::clone(&self.synchronize), previous })
+        let number = self.module_number(module)?;
+        let guards = enabled.then(|| Arc::clone(&self.modules[number].no_sync_guards));
+        if let Some(guards) = &guards {
+            // Relaxed: see the guard.
+            guards.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(NoSyncGuard { guards })
     }
 
     /// Reports the error of a norm that was to be reported by the next call.
@@ -63,8 +66,8 @@ impl Replica {
         // The loss scale is that which the step in flight leaves behind.
         self.gate.wait()?;
         let start_ns = now_ns();
-        let synchronize = !self.reduces || self.synchronize.load(Ordering::Relaxed);
-        let gradients = &mut self.modules[number].gradients;
+        let ReplicatedModule { gradients, no_sync_guards, .. } = &mut self.modules[number];
+        let synchronize = !self.reduces || no_sync_guards.load(Ordering::Relaxed) == 0;
         if !gradients.has_any() {
             gradients.loss_scale = match self.options.precision.scales_loss() {
                 true => lock(&self.scaler).scale(),

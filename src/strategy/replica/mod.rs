@@ -17,13 +17,13 @@ pub use gradients::NoSyncGuard;
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::bucket::Gradients;
 use super::clip::NormSlot;
-use super::gate::Gate;
+use super::gate::{Gate, lock};
 use super::module::{self, GradientSlot, Init, Module, ModuleBuffer, ModuleInit, Parameter};
 use super::optimizer::{Bound, Optimizer, OptimizerSpec};
 use super::options::StrategyOptions;
@@ -57,8 +57,6 @@ pub(crate) struct Replica {
     /// Elements of all parameters set up so far.
     parameter_elems: u64,
     scaler: Arc<Mutex<GradScaler>>,
-    /// Whether backward reduces; switched by `no_backward_sync`.
-    synchronize: Arc<AtomicBool>,
     /// A norm whose error is still to be reported.
     deferred: Option<Arc<NormSlot>>,
     counters: Arc<Counters>,
@@ -71,6 +69,8 @@ struct ReplicatedModule {
     gradients: Gradients,
     /// Number of its first element among all of the strategy.
     first_index: u64,
+    /// Guards of `no_backward_sync` that are alive: while there are any, backward does not reduce.
+    no_sync_guards: Arc<AtomicU32>,
 }
 
 impl Replica {
@@ -83,7 +83,7 @@ impl Replica {
         }
         let track = options.timeline.track("compute");
         let timeout = collective.timeout.unwrap_or(world.options().timeout).saturating_add(HOST_GRACE);
-        Ok(Replica {
+        let mut replica = Replica {
             arena: Arena::new(&world),
             communicator: Communicator::new(&world, collective)?,
             reduces,
@@ -94,14 +94,15 @@ impl Replica {
             modules: Vec::new(),
             parameter_elems: 0,
             scaler: Arc::new(Mutex::new(options.scaler)),
-            synchronize: Arc::new(AtomicBool::new(true)),
             deferred: None,
             counters: Arc::default(),
             track,
             backwards: 0,
             world,
             options,
-        })
+        };
+        replica.check_agreement("the strategy's options", &replica.options.fingerprint())?;
+        Ok(replica)
     }
 
     pub fn world(&self) -> &World {
@@ -172,7 +173,7 @@ impl Replica {
         let first_index = self.parameter_elems;
         let len_elems = parameters.iter().map(|parameter| parameter.len_elems() as u64).sum::<u64>();
         self.parameter_elems = first_index.saturating_add(len_elems);
-        self.modules.push(ReplicatedModule { gradients, first_index });
+        self.modules.push(ReplicatedModule { gradients, first_index, no_sync_guards: Arc::default() });
         Ok(())
     }
 
@@ -235,7 +236,7 @@ impl Replica {
     pub fn setup_optimizer(&mut self, module: &dyn Module, spec: OptimizerSpec) -> Result<Optimizer> {
         self.gate.check()?;
         let number = self.module_number(module)?;
-        let ReplicatedModule { gradients, first_index } = &self.modules[number];
+        let ReplicatedModule { gradients, first_index, .. } = &self.modules[number];
         let mut first_index = *first_index;
         let mut bound = Vec::new();
         for (index, parameter) in gradients.parameters.iter().enumerate() {
@@ -263,6 +264,7 @@ impl Replica {
             });
         }
         let optimizer = Optimizer::new(spec.rule, bound, number, self.gate.clone())?;
+        self.check_agreement("the optimizer", &optimizer.description())?;
         optimizer.parameters().try_for_each(Parameter::claim)?;
         Ok(optimizer)
     }
@@ -327,14 +329,16 @@ impl Replica {
     /// Waits for the streams, and for the other ranks.
     pub fn teardown(self, timeout: Duration) -> Result<()> {
         let start = std::time::Instant::now();
-        let drained = self.compute.synchronize(timeout).and_then(|()| self.communication.synchronize(timeout));
+        let left = || timeout.saturating_sub(start.elapsed());
+        let drained = self.compute.synchronize(left()).and_then(|()| self.communication.synchronize(left()));
         let failure = self.gate.check();
+        // The last step's; there is no later call to tell it. What was not measured in time is not waited for.
+        let deferred = self.deferred.as_ref().and_then(|slot| lock(&slot.nonfinite).take());
         let Replica { world, communicator, arena, modules, .. } = self;
         // A peer may still read this rank's memory until it has come to the barrier, too.
-        let left = timeout.saturating_sub(start.elapsed());
-        let torn_down = world.clone().teardown(left);
+        let torn_down = world.clone().teardown(left());
         drop((communicator, arena, modules, world));
-        drained.and(failure).and(torn_down)
+        drained.and(failure).and(deferred.map_or(Ok(()), Err)).and(torn_down)
     }
 }
 

@@ -24,6 +24,9 @@ struct Measurement {
     /// In the gradients.
     loss_scale: f32,
     scales_loss: bool,
+    /// Whether these very gradients were measured before. What that found still holds, though clipping by value may have
+    /// hidden it since.
+    is_again: bool,
 }
 
 impl Replica {
@@ -46,6 +49,18 @@ impl Replica {
             });
         }
         Ok(())
+    }
+
+    /// Fails if the gradients were clipped by norm and have changed since: the factor would be that of others.
+    fn check_measured(&self, optimizer: &Optimizer, operation: &'static str) -> Result<()> {
+        match optimizer.measured_at {
+            Some(at) if at != self.modules[optimizer.module].gradients.backwards => Err(Error::InvalidArgument {
+                argument: "gradients",
+                value: format!("{operation} after clip_gradients_norm and another backward"),
+                accepted: "clip_gradients_norm comes after the last backward before it",
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Orders the compute stream behind the reductions of a module.
@@ -120,12 +135,15 @@ impl Replica {
         policy: Nonfinite,
     ) -> Result<Arc<NormSlot>> {
         self.join(optimizer.module)?;
+        let gradients = &self.modules[optimizer.module].gradients;
+        let measured_before = optimizer.measured_at.replace(gradients.backwards);
         let measurement = Measurement {
             norm_type,
             max_norm,
             policy,
-            loss_scale: self.modules[optimizer.module].gradients.loss_scale,
+            loss_scale: gradients.loss_scale,
             scales_loss: self.options.precision.scales_loss(),
+            is_again: measured_before == Some(gradients.backwards),
         };
         let slot = optimizer.norm_slot();
         let (core, gate, to) = (Arc::clone(&optimizer.core), self.gate.clone(), Arc::clone(&slot));
@@ -144,8 +162,16 @@ impl Replica {
             timeline.span(track, "norm", index, start_ns, end_ns, 0);
         })?;
         self.compute.record(&slot.measured)?;
-        optimizer.is_measured = true;
         Ok(slot)
+    }
+
+    /// Nobody may have asked for the norm, but the scaler must know whether the gradients are finite, and know it before an
+    /// infinity is clipped to a limit.
+    fn measure_for_scaler(&mut self, optimizer: &mut Optimizer) -> Result<()> {
+        if self.options.precision.scales_loss() && optimizer.measured_at.is_none() {
+            self.measure(optimizer, f64::INFINITY, NormType::Inf, Nonfinite::SkipStep)?;
+        }
+        Ok(())
     }
 
     pub fn clip_gradients_value(
@@ -159,6 +185,8 @@ impl Replica {
         ops::clip_value(SliceMut::F32(&mut []), clip_value)?;
         self.check_module(module, optimizer)?;
         self.check_gradients(optimizer, "clip_gradients_value")?;
+        self.check_measured(optimizer, "clip_gradients_value")?;
+        self.measure_for_scaler(optimizer)?;
         self.join(optimizer.module)?;
         let loss_scale = self.modules[optimizer.module].gradients.loss_scale;
         let (core, gate) = (Arc::clone(&optimizer.core), self.gate.clone());
@@ -178,19 +206,16 @@ impl Replica {
     pub fn optimizer_step(&mut self, optimizer: &mut Optimizer) -> Result<()> {
         self.gate.check()?;
         self.check_gradients(optimizer, "optimizer_step")?;
+        self.check_measured(optimizer, "optimizer_step")?;
         optimizer.parameters().try_for_each(|parameter| parameter.check_unread("optimizer_step"))?;
-        let scales_loss = self.options.precision.scales_loss();
-        if scales_loss && !optimizer.is_measured {
-            // Nobody asked for the norm, but the scaler must know whether the gradients are finite.
-            self.measure(optimizer, f64::INFINITY, NormType::Inf, Nonfinite::SkipStep)?;
-        }
+        self.measure_for_scaler(optimizer)?;
         self.join(optimizer.module)?;
-        optimizer.is_measured = false;
+        optimizer.measured_at = None;
         let gradients = &mut self.modules[optimizer.module].gradients;
         gradients.discard(optimizer.core.bound.iter().map(|bound| bound.index));
 
         let (core, gate) = (Arc::clone(&optimizer.core), self.gate.clone());
-        let scaler = scales_loss.then(|| Arc::clone(&self.scaler));
+        let scaler = self.options.precision.scales_loss().then(|| Arc::clone(&self.scaler));
         let learning_rate = optimizer.learning_rate();
         let rounding_seed = self.options.stochastic_rounding.then_some(self.options.seed);
         let (counters, timeline, track) = (Arc::clone(&self.counters), self.options.timeline.clone(), self.track);
@@ -210,7 +235,7 @@ impl Replica {
 
     pub fn zero_gradients(&mut self, optimizer: &mut Optimizer) -> Result<()> {
         self.check_own(optimizer)?;
-        if std::mem::take(&mut optimizer.is_measured) {
+        if optimizer.measured_at.take().is_some() {
             let core = Arc::clone(&optimizer.core);
             self.compute.run(|| lock(&core.state).signal = StepSignal::default())?;
         }
@@ -248,7 +273,8 @@ fn measure(core: &OptimizerCore, how: Measurement) -> Result<(f64, Option<Error>
     let norm = norms.combine()?;
     // Exact: loss scales are powers of two unless somebody asked for another.
     let total_norm = norm.total_norm / f64::from(how.loss_scale);
-    let skips = norm.nonfinite && (how.scales_loss || how.policy != Nonfinite::Propagate);
+    let hidden = how.is_again && how.scales_loss && signal.found_inf;
+    let skips = hidden || norm.nonfinite && (how.scales_loss || how.policy != Nonfinite::Propagate);
     *signal = StepSignal {
         clip_coef: if skips { 1.0 } else { ops::clip_coef(total_norm, how.max_norm) },
         grad_scale: how.loss_scale,
