@@ -153,7 +153,7 @@ struct StochasticGroup {
   bool saturates;
 
   MEMBER void operator()(const typename G::Source& source, typename G::Target& target, int32_t first) const {
-    const Pack random = random_bits(first_index + static_cast<int64_t>(first), key);
+    const Pack random = random_bits<8>(first_index + static_cast<int64_t>(first), key);
     target[0] = {};
 #pragma unroll
     for (uint32_t k = 0; k < G::LANES; ++k) {

@@ -198,27 +198,28 @@ DEVICE uint16_t narrow(float value, uint32_t dtype) {
   return value != value ? nan : bits;
 }
 
-// Eight values rounded to f16 or bf16. `dtype` is the same for all threads that come here together.
-DEVICE Pack narrow_pack(const float (&values)[8], uint32_t dtype) {
-  Pack pack;
+// `LANES` values rounded to f16 or bf16, two in a word. `dtype` is the same for all threads that come here together.
+template <uint32_t LANES>
+DEVICE void narrow_all(const float (&values)[LANES], uint32_t dtype, uint32_t* words) {
   bool any_nan = false;
 #pragma unroll
-  for (uint32_t i = 0; i < 8; ++i) any_nan |= values[i] != values[i];
-  if (any_nan) {
-    pack = {};
+  for (uint32_t i = 0; i < LANES; ++i) any_nan |= values[i] != values[i];
 #pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) set_element<2>(pack, i, narrow(values[i], dtype));
-  } else if (dtype == F16) {
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pack.words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
-    }
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pack.words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
-    }
+  for (uint32_t i = 0; i < LANES / 2; ++i) {
+    const float low = values[2 * i], high = values[2 * i + 1];
+    if (dtype == F16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(high), "f"(low));
+    if (dtype != F16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(high), "f"(low));
   }
+  if (!any_nan) return;
+#pragma unroll
+  for (uint32_t i = 0; i < LANES / 2; ++i) {
+    words[i] = static_cast<uint32_t>(narrow(values[2 * i + 1], dtype)) << 16 | narrow(values[2 * i], dtype);
+  }
+}
+
+DEVICE Pack narrow_pack(const float (&values)[8], uint32_t dtype) {
+  Pack pack;
+  narrow_all(values, dtype, pack.words);
   return pack;
 }
 

@@ -28,13 +28,15 @@ DEVICE Pack philox(uint64_t block, const RoundingKey& key) {
   return {{c0, c1, c2, c3}};
 }
 
-// The random bits of the eight elements from global index `index` on. An index before 0 (of an element that is not there)
-// wraps.
+// The random bits of the `LANES` elements (at most 8) from global index `index` on. An index before 0, of an element that is
+// not there, wraps.
+template <uint32_t LANES>
 DEVICE Pack random_bits(uint64_t index, const RoundingKey& key) {
   const Pack low = philox(index >> 3, key);
   const uint32_t phase = static_cast<uint32_t>(index & 7);
   if (phase == 0) return low;
-  return shifted(low, philox((index >> 3) + 1 & UINT64_MAX >> 3, key), phase * 2);
+  const Pack high = phase + LANES <= 8 ? Pack{} : philox((index >> 3) + 1 & UINT64_MAX >> 3, key);
+  return shifted(low, high, phase * 2);
 }
 
 // Up if the value's place in the gap, in units of 2^-16, plus `random` reaches 2^16.

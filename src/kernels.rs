@@ -20,11 +20,25 @@ pub const COLLECTIVE: &str = ptx!("collective");
 /// Norm of a list of gradients, clip coefficient, skip decision. Arguments: [`NormArguments`](crate::abi::NormArguments).
 pub const NORM: &str = ptx!("norm");
 
+/// AdamW and SGD. Arguments: [`OptimizerArguments`](crate::abi::OptimizerArguments).
+pub const OPTIMIZER: &str = ptx!("optimizer");
+
+/// The dynamic loss scale after a step. Arguments: addresses of a [`LossScaler`](crate::abi::LossScaler) and a
+/// [`StepSignal`](crate::abi::StepSignal).
+pub const SCALER: &str = ptx!("scaler");
+
 /// Does what a rank writes into a peer's memory arrive? Arguments: [`ProbeArguments`](crate::abi::ProbeArguments).
 pub const PROBE: &str = ptx!("probe");
 
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 4] = [("cast", CAST), ("collective", COLLECTIVE), ("norm", NORM), ("probe", PROBE)];
+pub const ALL: [(&str, &str); 6] = [
+    ("cast", CAST),
+    ("collective", COLLECTIVE),
+    ("norm", NORM),
+    ("optimizer", OPTIMIZER),
+    ("probe", PROBE),
+    ("scaler", SCALER),
+];
 
 /// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.
 pub fn origin(ptx: &str) -> &str {

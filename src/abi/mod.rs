@@ -7,14 +7,18 @@
 mod cast;
 pub mod collective;
 mod norm;
+mod optimizer;
 mod probe;
+mod scaler;
 mod table;
 
 pub use cast::{CastArguments, CastTensor, ClampArguments, ELEMENTWISE_THREADS, RoundingKey, ScaleArguments};
 pub use norm::{
     CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal, norm_kind,
 };
+pub use optimizer::{AdamWRule, OptimizerArguments, OptimizerState, OptimizerTensor, SgdRule};
 pub use probe::{PROBE_THREADS, ProbeArguments, ProbeReport};
+pub use scaler::LossScaler;
 pub use table::{CHUNK_ELEMS, ChunkRange, ChunkRef, chunks};
 
 /// How a wait in a kernel ended (`Verdict` of `signal.cuh`).
