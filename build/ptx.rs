@@ -65,6 +65,7 @@ pub fn digest_of(text: &str) -> Option<u64> {
 /// - `.version` is lowered, and the pragma that 12.2 does not know is left out (it tells `ptxas` about unused bytes);
 /// - `.file` keeps no folder of the machine;
 /// - `.loc` keeps file, line and column, not the chain of inlined calls, whose names hold a hash of the path;
+/// - names of internal linkage (a static function's shared variable) lose the hash of the source's path;
 /// - comments and empty lines go.
 pub fn normalize(text: &str, digest: u64) -> Result<String, String> {
     let version = format!(".version {NVCC_ISA_VERSION}");
@@ -92,7 +93,7 @@ pub fn normalize(text: &str, digest: u64) -> Result<String, String> {
                 line.split(',').next().unwrap_or(line).to_owned()
             }
             words if words.starts_with(".file") => file_without_folder(words),
-            _ => line.to_owned(),
+            _ => without_path_hash(line),
         };
         lines.push(line);
     }
@@ -106,4 +107,20 @@ fn file_without_folder(directive: &str) -> String {
     let name = path.rsplit('/').next().unwrap_or(path);
     let folder = if path.ends_with(&format!("kernels/{name}")) { "kernels/" } else { "" };
     format!("{head}\"{folder}{name}\"")
+}
+
+/// `_ZZN40_INTERNAL_462b1c02_7_norm_cu_742797163sumEvE4sums` with zeros for the two hashes.
+fn without_path_hash(line: &str) -> String {
+    let mut line = line.to_owned();
+    let mut from = 0;
+    while let Some(at) = line[from..].find("_INTERNAL_").map(|at| from + at + "_INTERNAL_".len()) {
+        from = at;
+        for begin in [Some(at), line[at..].find("_cu_").map(|name| at + name + "_cu_".len())].into_iter().flatten() {
+            let hash = begin..begin + 8;
+            if line.get(hash.clone()).is_some_and(|hash| hash.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+                line.replace_range(hash, "00000000");
+            }
+        }
+    }
+    line
 }

@@ -151,6 +151,15 @@ struct Block {
   uint32_t has_record;
 };
 
+// Why a thread gave up; reason 0: it has not.
+struct Cause {
+  uint32_t reason;
+  uint32_t awaited;
+  uint32_t peer;
+  uint32_t expected;
+  uint32_t seen;
+};
+
 // A piece of a chunk: elements [begin, end) of the whole vector. In slots, element i lies at index i - origin.
 struct Piece {
   uint64_t begin;
@@ -175,11 +184,13 @@ struct Run {
   const Patience patience;
   double squares;      // of the finished elements of this thread
   uint32_t meetings;   // of the block so far
+  Cause cause;         // why this thread gave up
+  uint32_t lost_peer;  // whose word among all terms did not come
 
   __device__ __forceinline__ Run(const Arguments& arguments, const RankArguments& mine, Block& block, uint32_t channel)
       : arguments(arguments), mine(mine), block(block), channel(channel),
         patience{MUTANT(NO_ABORT) ? &mine.state->blocks : mine.abort, arguments.timeout_ns},
-        squares(0), meetings(0) {}
+        squares(0), meetings(0), cause{}, lost_peer(NOBODY) {}
 
   // ---- waits and posts: thread p for what peer p sends, thread p + 32 for what goes to it (another warp) -------------
 
@@ -193,30 +204,35 @@ struct Run {
     return block.gave_up[meetings++ % 2] == 0;
   }
 
-  // The first thread of the block that gives up says why; the host waits for `reason`.
-  __device__ __forceinline__ void give_up(uint32_t reason, uint32_t awaited, uint32_t peer, const Step& step,
-                                          uint64_t round, uint32_t expected, uint32_t seen) {
+  // Ends the block at its next meeting.
+  __device__ __forceinline__ void give_up(uint32_t reason, uint32_t awaited, uint32_t peer, uint32_t expected,
+                                          uint32_t seen) {
+    cause = {reason, awaited, peer, expected, seen};
     atomicExch(&block.gave_up[meetings % 2], 1);
-    if (atomicExch(&block.has_record, 1) != 0) return;
+  }
+
+  // After a meeting that said no: one of the threads that gave up tells why. The host waits for `reason`.
+  __device__ __forceinline__ void report(const Step& step, uint64_t round) {
+    if (cause.reason == 0 || atomicExch(&block.has_record, 1) != 0) return;
     FaultRecord* record = mine.faults + channel;
     record->operation = block.operation + 1;
     record->rank = mine.rank;
-    record->peer = peer;
-    record->awaited = awaited;
+    record->peer = cause.peer;
+    record->awaited = cause.awaited;
     record->phase = step.phase;
     record->index = step.index;
     record->chunk = step.chunk;
     record->round = round;
-    record->expected = expected;
-    record->seen = seen;
-    post(&record->reason, reason);
+    record->expected = cause.expected;
+    record->seen = cause.seen;
+    post(&record->reason, cause.reason);
   }
 
-  __device__ __forceinline__ void await_flag(const uint32_t* flags, uint32_t generation, uint32_t awaited, uint32_t peer,
-                                             const Step& step, uint64_t round) {
+  __device__ __forceinline__ void await_flag(const uint32_t* flags, uint32_t generation, uint32_t awaited,
+                                             uint32_t peer) {
     uint32_t seen;
     const Verdict verdict = wait(flags + channel * FLAG_STRIDE, generation, patience, seen);
-    if (verdict != ARRIVED) give_up(verdict, awaited, peer, step, round, generation, seen);
+    if (verdict != ARRIVED) give_up(verdict, awaited, peer, generation, seen);
   }
 
   // Tells every peer what this rank is about to do. One block greets for all.
@@ -231,7 +247,7 @@ struct Run {
 
   // Waits for every peer's greeting. It stays until this rank has greeted the peer again (hence two places): a peer
   // cannot end its next operation before.
-  __device__ __forceinline__ void agree(const Step& step, uint64_t round) {
+  __device__ __forceinline__ void agree() {
     const uint32_t generation = block.operation + 1;
     for (uint32_t peer = threadIdx.x; peer < arguments.world_size; peer += blockDim.x) {
       if (peer == mine.rank) continue;
@@ -241,23 +257,23 @@ struct Run {
         return static_cast<uint32_t>((word = look_word(greeting)) >> 32) == generation;
       });
       if (verdict != ARRIVED) {
-        give_up(verdict, GREETING, peer, step, round, generation, static_cast<uint32_t>(word >> 32));
+        give_up(verdict, GREETING, peer, generation, static_cast<uint32_t>(word >> 32));
       } else if (static_cast<uint32_t>(word) != arguments.descriptor && !MUTANT(ANY_DESCRIPTOR)) {
-        give_up(FAULT_MISMATCH, GREETING, peer, step, round, arguments.descriptor, static_cast<uint32_t>(word));
+        give_up(FAULT_MISMATCH, GREETING, peer, arguments.descriptor, static_cast<uint32_t>(word));
       }
     }
   }
 
-  __device__ __forceinline__ void await_data(uint32_t peer, const Step& step, uint64_t round) {
+  __device__ __forceinline__ void await_data(uint32_t peer) {
     if (!Wire::HAS_FLAGS || !receives_from(peer)) return;
     const uint32_t generation = block.progress[peer].taken + (MUTANT(STALE_WAIT) ? 0 : 1);
-    await_flag(block.links[peer].recv_flags, generation, DATA, peer, step, round);
+    await_flag(block.links[peer].recv_flags, generation, DATA, peer);
   }
 
-  __device__ __forceinline__ void await_credit(uint32_t peer, const Step& step, uint64_t round) {
+  __device__ __forceinline__ void await_credit(uint32_t peer) {
     if (!sends_to(peer) || MUTANT(NO_CREDIT)) return;
     const uint32_t generation = block.progress[peer].sent + 1 - arguments.slots;
-    await_flag(block.links[peer].credits, generation, CREDIT, peer, step, round);
+    await_flag(block.links[peer].credits, generation, CREDIT, peer);
   }
 
   __device__ __forceinline__ void post_data(uint32_t peer) {
@@ -268,7 +284,8 @@ struct Run {
 
   __device__ __forceinline__ void give_back(uint32_t peer) {
     if (!receives_from(peer)) return;
-    post(block.links[peer].give_back + channel * FLAG_STRIDE, ++block.progress[peer].taken);
+    const uint32_t generation = ++block.progress[peer].taken;
+    if (!MUTANT(EARLY_CREDIT)) post(block.links[peer].give_back + channel * FLAG_STRIDE, generation);
   }
 
   // ---- one step --------------------------------------------------------------------------------------------------
@@ -278,24 +295,26 @@ struct Run {
     const bool has_send = step.send_peer != NOBODY;
     const bool uses_others = step.recv_peer != NOBODY || step.source == ALL || step.to_output != 0;
     if (uses_others && !has_agreed && !MUTANT(EARLY_OUTPUT)) {
-      agree(step, round);
+      agree();
       has_agreed = true;
       // No output is written before all have agreed.
       if (!meet()) return false;
     }
     if (step.source == ALL) {
       for (uint32_t peer = 0; peer < arguments.world_size; ++peer) {
-        if (peer != mine.rank) await_data(peer, step, round);
+        if (peer != mine.rank) await_data(peer);
       }
     } else if (step.recv_peer != NOBODY) {
-      await_data(step.recv_peer, step, round);
+      await_data(step.recv_peer);
     }
-    if (has_send) await_credit(step.send_peer, step, round);
+    if (has_send) await_credit(step.send_peer);
     if (!MUTANT(NO_BARRIER_AFTER_WAIT) && !meet()) return false;
     if (MUTANT(EARLY_FLAG) && has_send && sends_to(step.send_peer)) {
       post(block.links[step.send_peer].send_flags + channel * FLAG_STRIDE, block.progress[step.send_peer].sent + 1);
     }
-    if (MUTANT(EARLY_CREDIT) && step.recv_peer != NOBODY && step.source != ALL) give_back(step.recv_peer);
+    if (MUTANT(EARLY_CREDIT) && step.recv_peer != NOBODY && receives_from(step.recv_peer)) {
+      post(block.links[step.recv_peer].give_back + channel * FLAG_STRIDE, block.progress[step.recv_peer].taken + 1);
+    }
     move(step, round);
     if (!MUTANT(NO_BARRIER_BEFORE_POST) && !meet()) return false;
     if (has_send) post_data(step.send_peer);
@@ -303,7 +322,7 @@ struct Run {
       for (uint32_t peer = 0; peer < arguments.world_size; ++peer) {
         if (peer != mine.rank) give_back(peer);
       }
-    } else if (step.recv_peer != NOBODY && !MUTANT(EARLY_CREDIT)) {
+    } else if (step.recv_peer != NOBODY) {
       give_back(step.recv_peer);
     }
     return true;
@@ -346,9 +365,9 @@ struct Run {
     if (!Wire::HAS_FLAGS) {
       if (has_send) refresh(sent);
       if (lost) {
-        const uint32_t peer = step.recv_peer != NOBODY ? step.recv_peer : mine.rank;
-        give_up(peek(mine.abort) != 0 ? ABORTED : LATE, DATA, peer, step, round, block.progress[peer].taken + 1,
-                block.progress[peer].taken);
+        const uint32_t peer = lost_peer != NOBODY ? lost_peer : step.recv_peer;
+        const uint32_t taken = block.progress[peer].taken;
+        give_up(peek(patience.abort) != 0 ? ABORTED : LATE, DATA, peer, taken + 1, taken);
       }
     }
   }
@@ -535,6 +554,7 @@ struct Run {
           term = own<W>(at, low, high);
         } else {
           term = terms(Wire::template take<T, W>(run.received(rank), at - origin, run.patience, lost));
+          if (lost && run.lost_peer == NOBODY) run.lost_peer = rank;
         }
         if (rank == 0) {
           accs = term;
@@ -674,20 +694,19 @@ struct Run {
     bool has_agreed = false;
     for (uint64_t round = 0; round < arguments.rounds; ++round) {
       for (uint32_t i = 0; i < mine.len_steps; ++i) {
-        if (!run(block.steps[i], round, has_agreed)) return;
+        if (!run(block.steps[i], round, has_agreed)) return report(block.steps[i], round);
       }
     }
     if (!has_agreed) {
-      agree({NOBODY, NOBODY, 0, INPUT, 0, 0, 0}, 0);
-      if (!meet()) return;
+      agree();
+      if (!meet()) return report({NOBODY, NOBODY, 0, INPUT, 0, 0, 0}, arguments.rounds);
     }
     end();
   }
 };
 
 template <class T>
-DEVICE void operate(const Arguments& arguments) {
-  __shared__ Block block;
+DEVICE void operate(const Arguments& arguments, Block& block) {
   const RankArguments& mine = arguments.ranks[blockIdx.x / arguments.channels];
   const uint32_t channel = blockIdx.x % arguments.channels;
   if (arguments.words_protocol) {
@@ -701,10 +720,11 @@ DEVICE void operate(const Arguments& arguments) {
 // that share a device in one process, because nothing else makes all of them progress (CUDA C++ programming guide,
 // forward progress). Block: a multiple of 32 threads, at most MAX_THREADS; one on a multiprocessor is enough, so a thread
 // may have 128 registers.
-#define COLLECTIVE(name, T)                                                          \
-  extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)                       \
-      collective_##name(const __grid_constant__ Arguments arguments) {               \
-    operate<T>(arguments);                                                           \
+#define COLLECTIVE(name, T)                                            \
+  extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)         \
+      collective_##name(const __grid_constant__ Arguments arguments) { \
+    __shared__ Block block;                                            \
+    operate<T>(arguments, block);                                      \
   }
 
 COLLECTIVE(f32, float)

@@ -25,9 +25,11 @@ struct alignas(W * sizeof(T) >= 16 ? 16 : W * sizeof(T)) Pack {
 };
 
 // `pack = memory` in accesses of 16 bytes where W elements fill them. Never the non-coherent path (`ld.global.nc`): peers
-// write staging while the kernel runs, and the compiler may move such a load above the wait.
+// write staging while the kernel runs, and the compiler may move such a load above the wait. Addresses read from tables
+// are generic to the compiler; it is told that they are global.
 template <class T, uint32_t W>
 DEVICE Pack<T, W> load(const T* from) {
+  __builtin_assume(__isGlobal(from));
   Pack<T, W> pack;
   if constexpr (W * sizeof(T) % PACK_BYTES == 0) {
     uint4* words = reinterpret_cast<uint4*>(&pack);
@@ -42,6 +44,7 @@ DEVICE Pack<T, W> load(const T* from) {
 
 template <class T, uint32_t W>
 DEVICE void store(T* to, const Pack<T, W>& pack) {
+  __builtin_assume(__isGlobal(to));
   if constexpr (W * sizeof(T) % PACK_BYTES == 0) {
     const uint4* words = reinterpret_cast<const uint4*>(&pack);
 #pragma unroll
@@ -55,6 +58,7 @@ DEVICE void store(T* to, const Pack<T, W>& pack) {
 // The elements [low, high) of a pack, the others left as they are (loads: zero).
 template <class T, uint32_t W>
 DEVICE Pack<T, W> load_part(const T* from, uint32_t low, uint32_t high) {
+  __builtin_assume(__isGlobal(from));
   Pack<T, W> pack = {};
 #pragma unroll
   for (uint32_t lane = 0; lane < W; ++lane) {
@@ -65,6 +69,7 @@ DEVICE Pack<T, W> load_part(const T* from, uint32_t low, uint32_t high) {
 
 template <class T, uint32_t W>
 DEVICE void store_part(T* to, const Pack<T, W>& pack, uint32_t low, uint32_t high) {
+  __builtin_assume(__isGlobal(to));
 #pragma unroll
   for (uint32_t lane = 0; lane < W; ++lane) {
     if (lane >= low && lane < high) to[lane] = pack.lanes[lane];

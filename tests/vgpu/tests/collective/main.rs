@@ -1,6 +1,7 @@
 //! `kernels/collective.cu` on several virtual devices at once, under the race detector, against `annulus::reference`.
 
 mod faults;
+mod mutants;
 mod owner;
 mod trial;
 mod world;

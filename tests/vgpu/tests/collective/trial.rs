@@ -29,7 +29,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Machine(fault) => write!(f, "{fault}"),
-            Failure::GaveUp(rank, record) => write!(f, "rank {rank} gave up: {record:?}"),
+            Failure::GaveUp(rank, record) => write!(f, "the fault record of rank {rank}: {record:?}"),
             Failure::Result(what) => f.write_str(what),
         }
     }
