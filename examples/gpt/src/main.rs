@@ -38,6 +38,9 @@ use failure::Failure;
 use plan::Plan;
 use settings::Cli;
 
+/// Codes up to this one are a rank's own, which has said why; a rank that was killed has not.
+const OWN_EXIT_CODES: i32 = 2;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let environment = match Environment::detect() {
@@ -69,6 +72,9 @@ fn start_ranks(cli: &Cli) -> Result<ExitCode, Failure> {
     drop(plan);
     // Without a prefix the ranks write where this process does: rank 0 sees whether that is a terminal.
     let outcome = launch::spawn_self(ranks, &LaunchOptions { prefix: false, ..LaunchOptions::default() })?;
+    if let Some(failure) = outcome.failure.filter(|_| outcome.code > OWN_EXIT_CODES) {
+        eprintln!("annulus-gpt: {failure}; the other ranks were ended");
+    }
     Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(1)))
 }
 

@@ -201,11 +201,13 @@ impl Trainer {
                 if evaluates {
                     row.val_loss = Some(self.evaluate()?);
                 }
+                let saves = stops || finished || self.step.is_multiple_of(self.settings.checkpoint_every);
                 self.rows.push(row);
-                if stops || evaluates || self.step.is_multiple_of(FLUSH_EVERY) {
+                // Before a checkpoint too: a run that goes on from it has no other chance to tell of the steps before.
+                if saves || evaluates || self.step.is_multiple_of(FLUSH_EVERY) {
                     self.flush()?;
                 }
-                if stops || finished || self.step.is_multiple_of(self.settings.checkpoint_every) {
+                if saves {
                     self.save(loader)?;
                 }
                 if stops || finished {

@@ -9,7 +9,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 fn command(folder: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_annulus-gpt"));
+    // What was ignored when the tests were started (in the background of a script: SIGINT) stays ignored, also by the
+    // launcher; these runs are to hear it.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT,TERM", env!("CARGO_BIN_EXE_annulus-gpt")]);
     command.current_dir(folder).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -192,6 +195,43 @@ fn ctrl_c_and_sigterm_leave_a_checkpoint_to_go_on_from() {
         succeed(folder.path(), &["--resume", "run", "--stop-after", "2"]);
         assert_eq!(losses(&run).len(), steps + 2);
     }
+}
+
+/// The processes that `parent` has started.
+fn children_of(parent: u32) -> Vec<Pid> {
+    let stats = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        // pid (name) state parent ..
+        let (pid, rest) = (stat.split(' ').next()?.parse().ok()?, stat.rsplit_once(") ")?.1);
+        (rest.split(' ').nth(1)?.parse() == Ok(parent)).then(|| Pid::from_raw(pid))?
+    });
+    stats.collect()
+}
+
+#[test]
+fn a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let endless = ["--short", "--steps", "1000000", "--checkpoint-every", "15", "--run-dir", "run"];
+    let mut child = command(folder.path(), &endless).spawn().unwrap();
+    wait_for_rows(&run, &mut child);
+    while !run.join("checkpoint.safetensors").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run has ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let ranks = children_of(child.id());
+    assert_eq!(ranks.len(), 2);
+    kill_process(ranks[1], Signal::KILL).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(137), "{err}");
+    for expected in [format!("(pid {}) was lost", ranks[1].as_raw_pid()), "was killed by SIGKILL".to_owned()] {
+        assert!(err.contains(&expected), "{expected:?} is not in {err:?}");
+    }
+    succeed(folder.path(), &["--resume", "run", "--stop-after", "2"]);
+    let steps: Vec<u64> = rows(&run).iter().map(|row| row["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>(), "no step is missing or told twice");
+    assert_eq!(steps.len() % 15, 2, "two steps after a checkpoint");
 }
 
 #[test]
