@@ -25,7 +25,8 @@ type Held<'a> = [Option<&'a Arc<dyn Memory>>; 2];
 #[derive(Clone, Default)]
 pub struct CollectiveOptions {
     /// Force an algorithm; by default the library chooses by size and memory (all choices but `Ring` add in rank order
-    /// and give the same bits).
+    /// and give the same bits). Payload small enough for one step (64 KiB at most, less with more ranks or registered
+    /// memory) is added in rank order whatever is asked.
     pub algorithm: Option<Algorithm>,
     /// How partial sums of 16-bit floats travel in a ring.
     pub partials: Partials,

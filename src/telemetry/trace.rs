@@ -9,8 +9,9 @@
 //! One process per rank, one track per stream. Stamps are CLOCK_MONOTONIC nanoseconds, which all processes of one machine
 //! share, so the files of several ranks line up when [`merge`] puts them into one.
 //!
-//! Cost: off (the default), a record is one branch, and so it is while paused. On, it is one push into a bounded queue that was allocated at the
-//! start; when the queue is full the record is dropped and counted, so that tracing never changes what is traced.
+//! Cost: off (the default), a record is one branch, and so it is while paused. On, it is one push into a bounded queue that
+//! was allocated at the start; when the queue is full the record is dropped and counted, so that tracing never changes what
+//! is traced.
 //!
 //! Source of the format: "Trace Event Format", Google, events `X` (complete), `C` (counter) and `M` (metadata).
 #![forbid(unsafe_code)]

@@ -254,11 +254,7 @@ impl Board {
     /// [`Error::InvalidArgument`] for a group that does not exist; [`Error::NoSpace`].
     pub(crate) fn group_area(&self, group: u32) -> Result<Region> {
         if group >= MAX_GROUPS {
-            return Err(Error::InvalidArgument {
-                argument: "group",
-                value: group.to_string(),
-                accepted: "16 communicators at most may be alive at once",
-            });
+            return Err(too_many_groups("group", group));
         }
         let len_bytes = self.world_size as usize * GROUP_AREA_BYTES;
         let offset_bytes = self.groups_at + group as usize * len_bytes;
@@ -281,11 +277,7 @@ impl Board {
         loop {
             let group = (!taken).trailing_zeros();
             if group >= MAX_GROUPS {
-                return Err(Error::InvalidArgument {
-                    argument: "communicators alive",
-                    value: (MAX_GROUPS + 1).to_string(),
-                    accepted: "16 communicators at most may be alive at once",
-                });
+                return Err(too_many_groups("communicators alive", MAX_GROUPS + 1));
             }
             // AcqRel: pairs with the release in `release_group`; the area is as its last users left it.
             match self.groups().claimed.compare_exchange_weak(
@@ -306,11 +298,7 @@ impl Board {
     /// [`Error::InvalidArgument`] for a group that does not exist; [`Error::Io`].
     pub(crate) fn release_group(&self, group: u32) -> Result<()> {
         if group >= MAX_GROUPS {
-            return Err(Error::InvalidArgument {
-                argument: "group",
-                value: group.to_string(),
-                accepted: "16 communicators at most may be alive at once",
-            });
+            return Err(too_many_groups("group", group));
         }
         let len_bytes = self.world_size as usize * GROUP_AREA_BYTES;
         self.groups().reserved.fetch_and(!(1 << group), Ordering::Release);
@@ -319,6 +307,11 @@ impl Board {
         self.groups().claimed.fetch_and(!(1 << group), Ordering::Release);
         Ok(())
     }
+}
+
+fn too_many_groups(argument: &'static str, value: u32) -> Error {
+    let accepted = "16 communicators at most may be alive at once";
+    Error::InvalidArgument { argument, value: value.to_string(), accepted }
 }
 
 /// Offsets of the recorders and of the group areas, and the whole length.

@@ -1,8 +1,8 @@
 //! The flight recorder: the last 1,024 operations of every rank, in the shared control page, always on.
 //!
 //! A rank writes its own ring only; everybody can read all of them, also after their writers have died. A record costs
-//! about a dozen relaxed stores and one reading of the clock at either end, which the caller shares with the timeline. Field names of the dump are those of
-//! PyTorch's flight recorder (`FlightRecorder.hpp`), so its analyzers read it.
+//! about a dozen relaxed stores and one reading of the clock at either end, which the caller shares with the timeline.
+//! Field names of the dump are those of PyTorch's flight recorder (`FlightRecorder.hpp`), so its analyzers read it.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
