@@ -56,7 +56,7 @@ pub struct Cli {
 /// The settings as given. What is left out comes from the defaults or, with `--resume`, from the checkpoint.
 #[derive(Debug, Clone, Default, Args, Serialize)]
 pub struct Given {
-    /// Optimizer steps [default: 1500; --short: 40]
+    /// Optimizer steps [default: 1200; --short: 40]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000_000), help_heading = "Training")]
     pub steps: Option<u64>,
 
@@ -161,7 +161,7 @@ impl Settings {
         let short = |in_short, otherwise| if short { in_short } else { otherwise };
         let given = given.clone();
         Settings {
-            steps: given.steps.unwrap_or(short(40, 1500)),
+            steps: given.steps.unwrap_or(short(40, 1200)),
             batch: given.batch.unwrap_or(short(8, 16) as usize),
             lr: given.lr.unwrap_or(0.003),
             max_norm: given.max_norm.unwrap_or(1.0),
