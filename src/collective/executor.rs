@@ -345,17 +345,18 @@ impl Run<'_> {
         Ok(Some((srcs, dsts)))
     }
 
-    /// A range of a peer's arena, which must lie inside it.
+    /// A range of a peer's arena, which must lie inside it and hold elements: the peer may say anything.
     fn in_arena(&self, peer: u32, offset_bytes: u64, len_bytes: usize) -> Result<*mut u8> {
-        let arena = self.group.world.arena_segment(self.group.members[peer as usize])?;
-        let inside = usize::try_from(offset_bytes)
-            .ok()
-            .filter(|offset| offset.checked_add(len_bytes).is_some_and(|end| end <= arena.len_bytes()));
+        let rank = self.group.members[peer as usize];
+        let arena = self.group.world.arena_segment(rank)?;
+        let is_inside = |offset: &usize| offset.checked_add(len_bytes).is_some_and(|end| end <= arena.len_bytes());
+        let is_aligned = |offset: &usize| offset & (self.dtype.size_bytes() - 1) == 0; // sizes are powers of two
+        let inside = usize::try_from(offset_bytes).ok().filter(|offset| is_inside(offset) && is_aligned(offset));
         let Some(offset) = inside else {
             return Err(self.group.world.raise(Error::InvalidArgument {
                 argument: "a peer's buffer",
-                value: format!("{len_bytes} bytes from {offset_bytes} in the arena of rank {peer}"),
-                accepted: "must lie inside that arena",
+                value: format!("{len_bytes} bytes from {offset_bytes} in the arena of rank {rank}"),
+                accepted: "must lie inside that arena, aligned for its elements",
             }));
         };
         // SAFETY: the offset lies inside the mapping (checked above).
@@ -492,6 +493,37 @@ mod tests {
     use super::*;
     use crate::device::{Arena, Stream};
     use crate::world::{WorldOptions, launch};
+
+    /// A peer that announces a buffer where none can be ends the job, and nothing is read there.
+    #[test]
+    fn offsets_that_a_peer_makes_up_are_refused() {
+        const LEN_ELEMS: usize = 70_000;
+        for offset_bytes in [1, 2, PRIVATE - 1, PRIVATE - 7, 1 << 62] {
+            let errors = launch::threads(2, |environment| {
+                let world = World::join(environment, WorldOptions::default()).unwrap();
+                let mut communicator = Communicator::new(&world, CollectiveOptions::default()).unwrap();
+                let buffer = Arena::new(&world).alloc(DType::F32, LEN_ELEMS).unwrap();
+                if world.rank() == 0 {
+                    let stream = Stream::immediate("immediate");
+                    return communicator.all_reduce(buffer, ReduceOp::Sum, &stream).unwrap().wait().map(drop);
+                }
+                let how = (None, Default::default());
+                let descriptor = Descriptor::new(1, Kind::AllReduce, DType::F32, LEN_ELEMS, ReduceOp::Sum, 0, how);
+                let group = communicator.group();
+                let mine = group.area(1);
+                let forged = Call { descriptor, src_offset_bytes: offset_bytes, dst_offset_bytes: offset_bytes };
+                // SAFETY: rank 0 reads the cell of generation 1 after `arrived` is posted.
+                unsafe { mine.call[1].0.get().write(forged) };
+                mine.arrived.post(1);
+                while world.fault().is_none() {
+                    std::thread::yield_now();
+                }
+                Ok(())
+            });
+            let error = errors.unwrap().swap_remove(0).unwrap_err().to_string();
+            assert!(error.contains("in the arena of rank 1"), "{offset_bytes}: {error}");
+        }
+    }
 
     /// Every path, with counters that begin just before they wrap, or half a circle apart from each other.
     #[test]
