@@ -187,3 +187,22 @@ DEVICE void combine(const CombineArguments& arguments, CombineBoard& board, uint
   if (survey.first_bad != UINT64_MAX) norm = survey.has_nan ? __longlong_as_double(0x7ff8000000000000) : infinity;
   report(arguments, norm, survey);
 }
+
+// The body of a kernel that measures: every team takes its chunks (table.cuh), then the last block combines.
+// `measure(chunk, team, exponent)` gives a chunk's slot; all threads of the team come there.
+template <bool WITH_POWER, class Measure>
+DEVICE void measure_all(const ChunkRange& range, const CombineArguments& arguments, const Measure& measure) {
+  __shared__ TeamBoard boards[TEAMS];
+  __shared__ CombineBoard combine_board;
+  __shared__ uint32_t is_last;
+  const uint32_t number = threadIdx.x / TEAM_THREADS;
+  const Team team = {&boards[number], number, threadIdx.x % TEAM_THREADS};
+  const Exponent exponent = {static_cast<NormKind>(arguments.kind), arguments.p};
+  uint64_t at = blockIdx.x + static_cast<uint64_t>(gridDim.x) * number;
+#pragma unroll 1
+  for (; at < range.len_chunks; at += static_cast<uint64_t>(gridDim.x) * TEAMS) {
+    const NormSlot slot = measure(range.chunks[range.first_chunk + at], team, exponent);
+    if (team.thread == 0) arguments.slots[range.first_chunk + at] = slot;
+  }
+  combine<WITH_POWER>(arguments, combine_board, is_last);
+}

@@ -40,39 +40,25 @@ DEVICE NormSlot measure(const NormTensor& tensor, uint32_t chunk, const Team& te
 }
 
 template <bool WITH_POWER>
-DEVICE void measure_all(const NormArguments& arguments) {
-  __shared__ TeamBoard boards[TEAMS];
-  __shared__ CombineBoard combine_board;
-  __shared__ uint32_t is_last;
-  const uint32_t number = threadIdx.x / TEAM_THREADS;
-  const Team team = {&boards[number], number, threadIdx.x % TEAM_THREADS};
-  const Exponent exponent = {static_cast<NormKind>(arguments.combine.kind), arguments.combine.p};
-  const ChunkRange& range = arguments.range;
-  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * TEAMS;
-  uint64_t at = blockIdx.x + static_cast<uint64_t>(gridDim.x) * number;
-#pragma unroll 1
-  for (; at < range.len_chunks; at += stride) {
-    const ChunkRef chunk = range.chunks[range.first_chunk + at];
+DEVICE void measure_tensors(const NormArguments& arguments) {
+  measure_all<WITH_POWER>(arguments.range, arguments.combine, [&](ChunkRef chunk, const Team& team, Exponent exponent) {
     const NormTensor tensor = arguments.tensors[chunk.tensor];
-    NormSlot slot;
     switch (tensor.dtype) {
-      case F64: slot = measure<WITH_POWER, 8>(tensor, chunk.index, team, exponent); break;
-      case F32: slot = measure<WITH_POWER, 4>(tensor, chunk.index, team, exponent); break;
-      default: slot = measure<WITH_POWER, 2>(tensor, chunk.index, team, exponent); break;
+      case F64: return measure<WITH_POWER, 8>(tensor, chunk.index, team, exponent);
+      case F32: return measure<WITH_POWER, 4>(tensor, chunk.index, team, exponent);
+      default: return measure<WITH_POWER, 2>(tensor, chunk.index, team, exponent);
     }
-    if (team.thread == 0) arguments.combine.slots[range.first_chunk + at] = slot;
-  }
-  combine<WITH_POWER>(arguments.combine, combine_board, is_last);
+  });
 }
 
 // Norm types 1, 2 and inf.
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 3) measure_norm(
     const __grid_constant__ NormArguments arguments) {
-  measure_all<false>(arguments);
+  measure_tensors<false>(arguments);
 }
 
 // Any other exponent.
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) measure_norm_p(
     const __grid_constant__ NormArguments arguments) {
-  measure_all<true>(arguments);
+  measure_tensors<true>(arguments);
 }

@@ -30,14 +30,19 @@ pub const SCALER: &str = ptx!("scaler");
 /// Does what a rank writes into a peer's memory arrive? Arguments: [`ProbeArguments`](crate::abi::ProbeArguments).
 pub const PROBE: &str = ptx!("probe");
 
+/// Takes the loss scale out of gradients, casts and measures them. Arguments:
+/// [`UnscaleArguments`](crate::abi::UnscaleArguments).
+pub const UNSCALE: &str = ptx!("unscale");
+
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 6] = [
+pub const ALL: [(&str, &str); 7] = [
     ("cast", CAST),
     ("collective", COLLECTIVE),
     ("norm", NORM),
     ("optimizer", OPTIMIZER),
     ("probe", PROBE),
     ("scaler", SCALER),
+    ("unscale", UNSCALE),
 ];
 
 /// Which compiler made `ptx`, and for which PTX ISA: for `annulus info` and bug reports.

@@ -14,7 +14,8 @@ mod table;
 
 pub use cast::{CastArguments, CastTensor, ClampArguments, ELEMENTWISE_THREADS, RoundingKey, ScaleArguments};
 pub use norm::{
-    CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal, norm_kind,
+    CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal,
+    UnscaleArguments, UnscaleTensor, norm_kind,
 };
 pub use optimizer::{AdamWRule, OptimizerArguments, OptimizerState, OptimizerTensor, SgdRule};
 pub use probe::{PROBE_THREADS, ProbeArguments, ProbeReport};

@@ -1,4 +1,4 @@
-//! `kernels/norm.cu` and `kernels/combine.cuh`: gradients in, norm and clip coefficient out.
+//! `kernels/norm.cu`, `kernels/unscale.cu` and `kernels/combine.cuh`: gradients in, norm and clip coefficient out.
 
 use std::mem::{offset_of, size_of};
 
@@ -132,6 +132,40 @@ pub struct NormArguments {
 }
 
 const _: () = assert!(size_of::<NormArguments>() == 112 && offset_of!(NormArguments, combine) == 32);
+
+/// One gradient that is unscaled, cast and measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable, Pod)]
+#[repr(C)]
+pub struct UnscaleTensor {
+    /// `[len_elems]`, aligned to the element.
+    pub src: u64,
+    /// `[len_elems]`, aligned to the element; `src` itself if the dtype is the same, else apart from it.
+    pub dst: u64,
+    /// Elements.
+    pub len_elems: u64,
+    /// Code of a float [`DType`](crate::DType).
+    pub src_dtype: u32,
+    /// The same for the result; f64 with f64 only.
+    pub dst_dtype: u32,
+}
+
+const _: () = assert!(size_of::<UnscaleTensor>() == 32 && offset_of!(UnscaleTensor, src_dtype) == 24);
+
+/// The argument of `unscale_norm`.
+#[derive(Debug, Clone, Copy, PartialEq, Zeroable, Pod)]
+#[repr(C)]
+pub struct UnscaleArguments {
+    /// [`UnscaleTensor`]s.
+    pub tensors: u64,
+    /// What this launch unscales.
+    pub range: ChunkRange,
+    /// What follows. `grad_scale` is that of the results: 0. `kind` is not that of an exponent.
+    pub combine: CombineArguments,
+    /// f32, the loss scale that is taken out; finite, not 0.
+    pub scale: u64,
+}
+
+const _: () = assert!(size_of::<UnscaleArguments>() == 120 && offset_of!(UnscaleArguments, scale) == 112);
 
 /// The code of a norm type, and its exponent where the kernel reads one.
 pub const fn norm_kind(norm_type: NormType) -> (u32, f64) {

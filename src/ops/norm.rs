@@ -213,7 +213,8 @@ impl NormSlots {
         }
         let mut lanes = [0f64; COMBINE_LANES];
         for row in self.slots.chunks(COMBINE_LANES) {
-            for (lane, slot) in lanes.iter_mut().zip(row) {
+            // Nor can they be: their ratio to a tiny scale may be infinite, and 0 times that is NaN.
+            for (lane, slot) in lanes.iter_mut().zip(row).filter(|(_, slot)| slot.sum != 0.0) {
                 *lane += if slot.scale == scale { slot.sum } else { slot.sum * self.powered(slot.scale / scale) };
             }
         }

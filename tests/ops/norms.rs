@@ -93,6 +93,7 @@ fn f64_magnitudes_whose_squares_leave_f64() {
         for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.5)] {
             assert_norm(std::slice::from_ref(&huge), norm_type);
             assert_norm(&[Tensor::F32(uniforms(6, 100)), huge.clone(), Tensor::F32(vec![0.0; 5])], norm_type);
+            assert_norm(&[huge.clone(), Tensor::F32(vec![0.0; 5])], norm_type);
         }
     }
 }

@@ -198,6 +198,9 @@ fn values_at_the_ends_of_the_range_are_neither_lost_nor_infinite() {
         }
     }
     check(&[(Tensor::from_fn(DType::F32, 100, |_| -0.0), 0)], NormType::L2, 1, &fast());
+    // Beside tiny terms a slot without any must not count: its ratio of scales is infinite.
+    let tiny = [(Tensor::from_fn(DType::F64, 9, |_| 1e-200), 0), (Tensor::zeros(DType::F32, 9), 0)];
+    check(&tiny, NormType::L2, 1, &fast());
 }
 
 #[test]
