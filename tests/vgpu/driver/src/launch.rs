@@ -1,0 +1,138 @@
+//! Kernel launches and the stream's own memory operations.
+
+use std::time::Instant;
+
+use annulus_vgpu::{Arguments, Launch, Options, run};
+
+use crate::allocations::{self, View};
+use crate::device::{self, MULTIPROCESSORS, THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR};
+use crate::module::Function;
+use crate::settings::SETTINGS;
+use crate::status::{Result, Status, refuse};
+use crate::stream::Stream;
+
+pub(crate) struct Shape {
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub shared_bytes: usize,
+    pub cooperative: bool,
+}
+
+/// Instructions that the interpreter runs in a millisecond at most; turns the watchdog's time into a budget.
+const INSTRUCTIONS_PER_MS: u64 = 50_000;
+
+/// Blocks of `block_threads` threads that one multiprocessor holds at a time.
+pub(crate) fn resident_blocks(block_threads: usize) -> usize {
+    (THREADS_PER_MULTIPROCESSOR / block_threads.max(1)).min(32)
+}
+
+/// Checks a launch as the call does, before anything is queued (DAPI 6.22, `cuLaunchKernel`).
+fn check(function: &Function, shape: &Shape) -> Result<usize> {
+    let product = |sizes: [u32; 3]| sizes.iter().try_fold(1usize, |all, size| all.checked_mul(*size as usize));
+    let (Some(blocks), Some(threads)) = (product(shape.grid), product(shape.block)) else {
+        return Err(Status::INVALID_VALUE);
+    };
+    if blocks == 0 || threads == 0 || threads > THREADS_PER_BLOCK || shape.grid[1] > 65_535 || shape.grid[2] > 65_535 {
+        let Shape { grid, block, .. } = shape;
+        return refuse(Status::INVALID_VALUE, &format!("launch of grid {grid:?}, block {block:?}"));
+    }
+    let kernel = function.kernel();
+    if kernel.max_threads().is_some_and(|most| threads > most as usize) {
+        return refuse(
+            Status::INVALID_VALUE,
+            &format!("{threads} threads exceed the launch bounds of {}", kernel.name()),
+        );
+    }
+    if shape.shared_bytes > function.max_dynamic_shared_bytes {
+        return refuse(Status::INVALID_VALUE, "more dynamic shared memory than was asked for with cuFuncSetAttribute");
+    }
+    let resident = MULTIPROCESSORS * resident_blocks(threads);
+    // DAPI 6.22, `cuLaunchCooperativeKernel`: the grid must fit the device at once.
+    if shape.cooperative && blocks > resident {
+        return refuse(
+            Status::COOPERATIVE_LAUNCH_TOO_LARGE,
+            &format!("{blocks} blocks of {threads} threads in a cooperative launch, at most {resident} fit"),
+        );
+    }
+    Ok(resident)
+}
+
+/// Appends a launch with the bytes of its parameters.
+pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, parameters: Vec<u8>) -> Result<()> {
+    let resident_blocks = check(&function, &shape)?;
+    let number = stream.device;
+    stream.submit(move || {
+        let launch = Launch {
+            kernel: function.kernel(),
+            grid: shape.grid,
+            block: shape.block,
+            shared_bytes: shape.shared_bytes,
+            arguments: Arguments::from_bytes(parameters),
+            device: number,
+        };
+        let watchdog_ms = u64::try_from(SETTINGS.watchdog.as_millis()).unwrap_or(u64::MAX);
+        let options = Options {
+            detect_races: false,
+            budget_instructions: watchdog_ms.saturating_mul(INSTRUCTIONS_PER_MS),
+            resident_blocks,
+            ..Options::default()
+        };
+        // Taken now: what was freed before the launch's turn is out of its reach.
+        let mut view = View::of(number);
+        if let Err(fault) = run(&[launch], &mut view, &options) {
+            device::fail(number, &fault);
+        }
+    })
+}
+
+/// When a wait for a value is over (DAPI 6.21, `CUstreamWaitValue_flags`).
+fn is_met(flags: u32, seen: u32, value: u32) -> Result<bool> {
+    match flags {
+        // "(int32_t)(*addr - value) >= 0", which is cyclic.
+        0 => Ok(seen.wrapping_sub(value).cast_signed() >= 0),
+        1 => Ok(seen == value),
+        2 => Ok(seen & value != 0),
+        3 => Ok(!(seen | value) != 0),
+        _ => refuse(Status::INVALID_VALUE, "unknown flags of cuStreamWaitValue32"),
+    }
+}
+
+/// `cuStreamWaitValue32`; no work of the stream goes on before.
+pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) -> Result<()> {
+    let (allocation, offset) = value_place(address)?;
+    is_met(flags, 0, value)?;
+    let number = stream.device;
+    stream.submit(move || {
+        let start = Instant::now();
+        loop {
+            let mut seen = [0; 4];
+            allocation.mapping.read(offset, &mut seen);
+            if is_met(flags, u32::from_le_bytes(seen), value) != Ok(false) || device::check_sticky(number).is_err() {
+                return;
+            }
+            if start.elapsed() > SETTINGS.watchdog {
+                eprintln!("virtual GPU (process {}): cuStreamWaitValue32 timed out", std::process::id());
+                return device::stick(number, Status::LAUNCH_TIMEOUT);
+            }
+            // The processor is needed by whoever will write the value.
+            std::thread::sleep(std::time::Duration::from_micros(20));
+        }
+    })
+}
+
+/// `cuStreamWriteValue32`, after everything the stream did before.
+pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32) -> Result<()> {
+    let (allocation, offset) = value_place(address)?;
+    if flags > 1 {
+        return refuse(Status::INVALID_VALUE, "unknown flags of cuStreamWriteValue32");
+    }
+    stream.submit(move || allocation.mapping.write(offset, &value.to_le_bytes()))
+}
+
+/// DAPI 6.21: the address of a 32-bit operation is a multiple of 4.
+fn value_place(address: u64) -> Result<(allocations::Allocation, usize)> {
+    if !address.is_multiple_of(4) {
+        return refuse(Status::INVALID_VALUE, "a stream memory operation on a misaligned address");
+    }
+    allocations::range(address, 4)
+}

@@ -1,0 +1,39 @@
+//! A CUDA driver library over the virtual GPU: what an unmodified program that opens `libcuda.so` finds on a machine
+//! without a GPU.
+//!
+//! ```text
+//! program --dlopen--> cu* (entry/)  --> machine: devices, contexts, sticky errors
+//!                                   --> allocations: address -> mapping of a memfd, so that other processes can map it
+//!                                   --> stream: one worker thread each, in order --> PTX interpreter (annulus-vgpu)
+//! ```
+//! Launches on different streams run on their streams' threads at the same time, and those of other processes in theirs: a
+//! kernel that spins does not keep others from running. Memory is sequentially consistent between them; finding races is
+//! the interpreter's job in one process (`annulus_vgpu::run`).
+//!
+//! It is strict where CUDA is: what the driver API's documentation (CUDA Driver API Reference Manual 12.2, chapter 6;
+//! "DAPI 6.13" and the like below) calls an error is one here, with the code named there. What it leaves undefined, this
+//! driver makes as visible as it can.
+//!
+//! | variable | meaning | if not set |
+//! |---|---|---|
+//! | `ANNULUS_VGPU_DEVICES` | number of devices | 1 |
+//! | `ANNULUS_VGPU_MEMORY_BYTES` | memory of each device, counted in each process | 256 MiB |
+//! | `ANNULUS_VGPU_DRIVER_VERSION` | as `cuDriverGetVersion` tells it | 13000 |
+//! | `ANNULUS_VGPU_PEERS` | `all`; `none`: no peer access; `lossy`: claimed, but stores to a peer are lost | `all` |
+//! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
+//! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
+//!
+//! Limits: primary contexts only; no graphs, textures, managed memory or kernels from cubins.
+
+mod allocations;
+mod device;
+mod entry;
+mod event;
+mod ipc;
+mod launch;
+mod mapping;
+mod module;
+mod settings;
+mod status;
+mod stream;
+mod virtual_memory;

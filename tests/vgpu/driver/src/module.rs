@@ -1,0 +1,103 @@
+//! Modules: PTX text, and the kernels in it by handle.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use crate::settings::SETTINGS;
+use crate::status::{Result, Status, refuse};
+
+/// A kernel of a module, which outlives `cuModuleUnload` while launches are in flight.
+#[derive(Clone)]
+pub(crate) struct Function {
+    module: Arc<annulus_vgpu::Module>,
+    index: usize,
+    owner: u64,
+    /// From `cuFuncSetAttribute`, bytes of dynamic shared memory that a launch may ask for.
+    pub max_dynamic_shared_bytes: usize,
+}
+
+impl Function {
+    pub fn kernel(&self) -> &annulus_vgpu::Kernel {
+        &self.module.kernels()[self.index]
+    }
+}
+
+#[derive(Default)]
+struct State {
+    modules: HashMap<u64, Arc<annulus_vgpu::Module>>,
+    functions: HashMap<u64, Function>,
+}
+
+static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
+static NEXT: AtomicU64 = AtomicU64::new(0x7000_0000);
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// PTX ISA versions by the first driver that reads them (PTX ISA 9.0, chapter 13, release notes).
+const PTX_BY_DRIVER: [(i32, f32); 9] = [
+    (12_020, 8.2),
+    (12_030, 8.3),
+    (12_040, 8.4),
+    (12_050, 8.5),
+    (12_070, 8.6),
+    (12_080, 8.7),
+    (12_090, 8.8),
+    (13_000, 9.0),
+    (13_010, 9.1),
+];
+
+/// Reads PTX; the second is the text for the JIT's error log.
+pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
+    let newest = PTX_BY_DRIVER.iter().rfind(|(driver, _)| *driver <= SETTINGS.driver_version);
+    let newest = newest.map_or(8.1, |(_, version)| *version);
+    let version = text.lines().find_map(|line| line.trim().strip_prefix(".version")?.trim().parse::<f32>().ok());
+    if version.is_some_and(|version| version > newest) {
+        return Err((Status::UNSUPPORTED_PTX_VERSION, format!("PTX .version is newer than {newest}")));
+    }
+    let module = annulus_vgpu::Module::parse(text).map_err(|fault| (Status::INVALID_PTX, fault.to_string()))?;
+    let handle = NEXT.fetch_add(0x10, Ordering::Relaxed);
+    state().modules.insert(handle, Arc::new(module));
+    Ok(handle)
+}
+
+/// DAPI 6.10, `cuModuleGetFunction`: CUDA_ERROR_NOT_FOUND if there is none of the name.
+pub(crate) fn function(handle: u64, name: &str) -> Result<u64> {
+    let mut state = state();
+    let Some(module) = state.modules.get(&handle).cloned() else {
+        return refuse(Status::INVALID_HANDLE, "no such module");
+    };
+    let found = module.kernels().iter().position(|kernel| kernel.name() == name);
+    let index = found.ok_or(Status::NOT_FOUND)?;
+    let function = NEXT.fetch_add(0x10, Ordering::Relaxed);
+    let max_dynamic_shared_bytes = crate::device::SHARED_BYTES_PER_BLOCK;
+    state.functions.insert(function, Function { module, index, owner: handle, max_dynamic_shared_bytes });
+    Ok(function)
+}
+
+pub(crate) fn unload(handle: u64) -> Result<()> {
+    let mut state = state();
+    if state.modules.remove(&handle).is_none() {
+        return refuse(Status::INVALID_HANDLE, "cuModuleUnload of no module");
+    }
+    state.functions.retain(|_, function| function.owner != handle);
+    Ok(())
+}
+
+pub(crate) fn get(function: u64) -> Result<Function> {
+    let found = state().functions.get(&function).cloned();
+    found.map_or_else(|| refuse(Status::INVALID_HANDLE, "no such function: is its module unloaded?"), Ok)
+}
+
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
+pub(crate) fn allow_dynamic_shared(function: u64, len_bytes: usize) -> Result<()> {
+    let mut state = state();
+    let function = state.functions.get_mut(&function).ok_or(Status::INVALID_HANDLE)?;
+    if len_bytes + function.kernel().shared_bytes() > crate::device::SHARED_BYTES_PER_BLOCK_OPTIN {
+        return refuse(Status::INVALID_VALUE, "more dynamic shared memory than a block can have");
+    }
+    function.max_dynamic_shared_bytes = len_bytes;
+    Ok(())
+}

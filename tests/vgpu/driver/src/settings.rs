@@ -1,0 +1,50 @@
+//! What the environment says about the machine to pretend.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+/// What peers can do with each other's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Peers {
+    All,
+    None,
+    /// The driver says yes, and stores are dropped on the way.
+    Lossy,
+}
+
+pub(crate) struct Settings {
+    pub devices: usize,
+    pub memory_bytes: usize,
+    pub driver_version: i32,
+    pub peers: Peers,
+    pub lost: Option<PathBuf>,
+    pub watchdog: Duration,
+}
+
+pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
+    devices: number("ANNULUS_VGPU_DEVICES", 1),
+    memory_bytes: number("ANNULUS_VGPU_MEMORY_BYTES", 256 << 20),
+    driver_version: number("ANNULUS_VGPU_DRIVER_VERSION", 13_000),
+    peers: match std::env::var("ANNULUS_VGPU_PEERS").as_deref() {
+        Ok("none") => Peers::None,
+        Ok("lossy") => Peers::Lossy,
+        Ok("all") | Err(_) => Peers::All,
+        Ok(other) => refuse("ANNULUS_VGPU_PEERS", other),
+    },
+    lost: std::env::var_os("ANNULUS_VGPU_LOST").map(PathBuf::from),
+    watchdog: Duration::from_millis(number("ANNULUS_VGPU_WATCHDOG_MS", 60_000)),
+});
+
+fn number<T: std::str::FromStr>(variable: &str, default: T) -> T {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|_| refuse(variable, &text)),
+        Err(_) => default,
+    }
+}
+
+/// A test that misspells its machine must not pass on another one.
+fn refuse(variable: &str, value: &str) -> ! {
+    eprintln!("virtual GPU: {variable}={value} is not understood");
+    std::process::abort()
+}

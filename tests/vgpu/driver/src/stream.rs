@@ -1,0 +1,163 @@
+//! Streams: one worker thread each, which does in order what it is given.
+//!
+//! The legacy default stream (handle 0 or 1) of a context waits for all work given before to streams that were not made
+//! with `CU_STREAM_NON_BLOCKING`, and their later work waits for its (DAPI 4, "Stream synchronization behavior").
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use crate::device;
+use crate::status::{Result, Status, refuse};
+
+pub(crate) const NON_BLOCKING: u32 = 1;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+pub(crate) struct Stream {
+    pub device: usize,
+    pub flags: u32,
+    pub priority: i32,
+    queue: Mutex<(u64, Sender<Work>)>,
+    progress: Arc<Progress>,
+}
+
+/// How much of a stream's work is done.
+#[derive(Default)]
+struct Progress {
+    completed: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Progress {
+    fn completed(&self) -> MutexGuard<'_, u64> {
+        self.completed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self, number: u64) {
+        let _completed = self.changed.wait_while(self.completed(), |completed| *completed < number);
+    }
+}
+
+static STREAMS: LazyLock<Mutex<HashMap<u64, Arc<Stream>>>> = LazyLock::new(Mutex::default);
+static NEXT: AtomicU64 = AtomicU64::new(0x5000_0000);
+/// Handles of the contexts' default streams in the table; never given out.
+const DEFAULTS: u64 = 0x4000_0000;
+/// `CU_STREAM_LEGACY`; a null handle is the same stream.
+const LEGACY: u64 = 1;
+
+fn streams() -> MutexGuard<'static, HashMap<u64, Arc<Stream>>> {
+    STREAMS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Stream {
+    fn start(device: usize, flags: u32, priority: i32) -> Result<Stream> {
+        let (sender, works) = channel::<Work>();
+        let progress = Arc::<Progress>::default();
+        let own = Arc::clone(&progress);
+        let worker = move || {
+            for work in works {
+                work();
+                *own.completed() += 1;
+                own.changed.notify_all();
+            }
+        };
+        std::thread::Builder::new().name("vgpu-stream".into()).spawn(worker).map_err(|_| Status::OPERATING_SYSTEM)?;
+        Ok(Stream { device, flags, priority, queue: Mutex::new((0, sender)), progress })
+    }
+
+    pub fn create(device: usize, flags: u32, priority: i32) -> Result<u64> {
+        // DAPI 6.18, `cuStreamCreateWithPriority`: priorities outside the range are clamped.
+        let priority = priority.clamp(device::GREATEST_PRIORITY, device::LEAST_PRIORITY);
+        let stream = Arc::new(Stream::start(device, flags, priority)?);
+        let handle = NEXT.fetch_add(0x10, Ordering::Relaxed);
+        streams().insert(handle, stream);
+        Ok(handle)
+    }
+
+    /// The stream of a handle; the current context's default stream for 0 and `CU_STREAM_LEGACY`.
+    pub fn of(handle: u64) -> Result<Arc<Stream>> {
+        let number = device::current()?;
+        let mut streams = streams();
+        if handle > LEGACY {
+            let stream = streams.get(&handle).cloned();
+            return stream.map_or_else(|| refuse(Status::INVALID_HANDLE, "no such stream"), Ok);
+        }
+        match streams.entry(DEFAULTS + number as u64) {
+            std::collections::hash_map::Entry::Occupied(entry) => Ok(Arc::clone(entry.get())),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                Ok(Arc::clone(entry.insert(Arc::new(Stream::start(number, 0, device::LEAST_PRIORITY)?))))
+            }
+        }
+    }
+
+    /// DAPI 6.18, `cuStreamDestroy`: returns at once; what was given to the stream is still done.
+    pub fn destroy(handle: u64) -> Result<()> {
+        streams().remove(&handle).map(drop).map_or_else(|| refuse(Status::INVALID_HANDLE, "no such stream"), Ok)
+    }
+
+    fn is_default(&self) -> bool {
+        let default = streams().get(&(DEFAULTS + self.device as u64)).map(Arc::as_ptr);
+        default == Some(std::ptr::from_ref(self))
+    }
+
+    /// What must be done before work given to this stream now: other streams' progress and how far.
+    fn predecessors(&self) -> Vec<(Arc<Progress>, u64)> {
+        if self.flags & NON_BLOCKING != 0 {
+            return Vec::new();
+        }
+        let is_default = self.is_default();
+        let default = DEFAULTS + self.device as u64;
+        let others = streams();
+        let others = others.iter().filter(|(handle, other)| {
+            let blocking = other.device == self.device && other.flags & NON_BLOCKING == 0;
+            blocking && (**handle == default) != is_default
+        });
+        others.map(|(_, other)| (Arc::clone(&other.progress), other.submitted())).collect()
+    }
+
+    fn submitted(&self) -> u64 {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Appends `work`. It is left out if the context has failed by then.
+    pub fn submit(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let number = self.device;
+        self.submit_always(move || {
+            if device::check_sticky(number).is_ok() {
+                work();
+            }
+        })
+    }
+
+    /// Appends `work` that is done whatever happens: for whoever waits for it.
+    pub fn submit_always(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let predecessors = self.predecessors();
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.0 += 1;
+        let all = move || {
+            predecessors.iter().for_each(|(progress, number)| progress.wait(*number));
+            work();
+        };
+        queue.1.send(Box::new(all)).map_err(|_| Status::UNKNOWN)
+    }
+
+    /// Waits for everything given so far; then the context's error, if there is one.
+    pub fn synchronize(&self) -> Result<()> {
+        self.predecessors().iter().for_each(|(progress, number)| progress.wait(*number));
+        self.progress.wait(self.submitted());
+        device::check_sticky(self.device)
+    }
+
+    pub fn is_idle(&self) -> bool {
+        *self.progress.completed() >= self.submitted()
+    }
+
+    /// Waits for all streams of a device.
+    pub fn synchronize_device(number: usize) -> Result<()> {
+        let all: Vec<_> = streams().values().filter(|stream| stream.device == number).cloned().collect();
+        all.iter().for_each(|stream| stream.progress.wait(stream.submitted()));
+        device::check_sticky(number)
+    }
+}

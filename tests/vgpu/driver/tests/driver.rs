@@ -1,0 +1,209 @@
+//! The driver as an unmodified cudarc finds it: what works, and what it refuses as CUDA does.
+
+#[path = "support/kernels.rs"]
+mod kernels;
+mod support;
+
+use std::ffi::{CString, c_void};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUresult};
+use support::{Peer, as_peer, hex, listen, on_virtual_gpu, say, unhex};
+
+const NON_BLOCKING: result::stream::StreamKind = result::stream::StreamKind::NonBlocking;
+
+/// The primary context of device 0, current.
+fn context() {
+    result::init().unwrap();
+    let device = result::device::get(0).unwrap();
+    // SAFETY: a device that the driver has just named; its context stays retained.
+    unsafe { result::ctx::set_current(result::primary_ctx::retain(device).unwrap()).unwrap() };
+}
+
+fn alloc(len_bytes: usize) -> sys::CUdeviceptr {
+    // SAFETY: nothing reads the memory before it is written.
+    unsafe { result::malloc_sync(len_bytes) }.unwrap()
+}
+
+fn write(address: sys::CUdeviceptr, words: &[u32]) {
+    // SAFETY: every caller's words fit its allocation.
+    unsafe { result::memcpy_htod_sync(address, words) }.unwrap();
+}
+
+fn read(address: sys::CUdeviceptr, len_words: usize) -> Vec<u32> {
+    let mut words = vec![0; len_words];
+    // SAFETY: every caller's words lie in its allocation.
+    unsafe { result::memcpy_dtoh_sync(&mut words, address) }.unwrap();
+    words
+}
+
+struct Module(sys::CUmodule);
+
+impl Module {
+    fn load(ptx: &str) -> Result<Module, DriverError> {
+        let text = CString::new(ptx).unwrap();
+        // SAFETY: a zero-terminated text.
+        unsafe { result::module::load_data(text.as_ptr().cast()) }.map(Module)
+    }
+
+    fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
+        // SAFETY: the module was loaded and is never unloaded.
+        unsafe { result::module::get_function(self.0, CString::new(name).unwrap()) }
+    }
+}
+
+fn launch(
+    function: sys::CUfunction,
+    threads: u32,
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
+    // SAFETY: every caller passes what its kernel takes.
+    unsafe { result::launch_kernel(function, (1, 1, 1), (threads, 1, 1), 0, stream, arguments) }
+}
+
+fn add(function: sys::CUfunction, mut data: u64, mut term: u32, threads: u32) -> Result<(), DriverError> {
+    let arguments = &mut [(&raw mut data).cast(), (&raw mut term).cast()];
+    launch(function, threads, result::stream::null(), arguments)
+}
+
+fn code<T>(result: Result<T, DriverError>) -> CUresult {
+    result.map_or_else(|error| error.0, |_| CUresult::CUDA_SUCCESS)
+}
+
+#[test]
+fn a_kernel_from_ptx_runs_between_two_copies() {
+    on_virtual_gpu("a_kernel_from_ptx_runs_between_two_copies", &[], || {
+        context();
+        let module = Module::load(kernels::SMALL).unwrap();
+        let data = alloc(4 * 64);
+        write(data, &[7; 64]);
+        add(module.function("add").unwrap(), data, 5, 64).unwrap();
+        assert_eq!(read(data, 64), [12; 64]);
+        // SAFETY: nothing uses the memory any more.
+        unsafe { result::free_sync(data) }.unwrap();
+    });
+}
+
+#[test]
+fn a_spinning_kernel_lets_other_streams_go_on() {
+    on_virtual_gpu("a_spinning_kernel_lets_other_streams_go_on", &[], || {
+        context();
+        let spin = Module::load(kernels::SMALL).unwrap().function("spin").unwrap();
+        let mut flag = alloc(4);
+        write(flag, &[0]);
+        let (first, second) =
+            (result::stream::create(NON_BLOCKING).unwrap(), result::stream::create(NON_BLOCKING).unwrap());
+        launch(spin, 1, first, &mut [(&raw mut flag).cast()]).unwrap();
+        // SAFETY: both streams live; the flag is a word of device memory.
+        unsafe {
+            assert_eq!(sys::cuStreamQuery(first), CUresult::CUDA_ERROR_NOT_READY);
+            sys::cuStreamWriteValue32_v2(second, flag, 1, 0).result().unwrap();
+            result::stream::synchronize(first).unwrap();
+            // Cyclic, as the documentation has it: 1 is not yet 2, and 0 is later than 2^32 - 1.
+            sys::cuStreamWaitValue32_v2(first, flag, 2, 0).result().unwrap();
+            assert_eq!(sys::cuStreamQuery(first), CUresult::CUDA_ERROR_NOT_READY);
+            sys::cuStreamWriteValue32_v2(second, flag, 2, 0).result().unwrap();
+            sys::cuStreamWaitValue32_v2(first, flag, u32::MAX, 0).result().unwrap();
+            result::stream::synchronize(first).unwrap();
+        }
+    });
+}
+
+#[test]
+fn an_illegal_access_sticks_to_the_context() {
+    on_virtual_gpu("an_illegal_access_sticks_to_the_context", &[], || {
+        context();
+        let function = Module::load(kernels::SMALL).unwrap().function("add").unwrap();
+        let data = alloc(4 * 8);
+        write(data, &[0; 8]);
+        add(function, data, 1, 9).unwrap(); // one thread beyond the end; the launch itself succeeds
+        let illegal = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
+        assert_eq!(code(result::ctx::synchronize()), illegal);
+        // SAFETY: a call that must be refused.
+        assert_eq!(code(unsafe { result::malloc_sync(4) }), illegal);
+        assert_eq!(code(add(function, data, 1, 1)), illegal);
+    });
+}
+
+#[test]
+fn what_cuda_refuses_is_refused() {
+    on_virtual_gpu("what_cuda_refuses_is_refused", &[("ANNULUS_VGPU_MEMORY_BYTES", "1048576")], || {
+        let unready = code(result::device::get_count());
+        assert_eq!(unready, CUresult::CUDA_ERROR_NOT_INITIALIZED);
+        result::init().unwrap();
+        assert_eq!(code(result::device::get(1)), CUresult::CUDA_ERROR_INVALID_DEVICE);
+        // SAFETY: calls that must be refused, or whose memory nobody reads.
+        unsafe {
+            assert_eq!(code(result::malloc_sync(4)), CUresult::CUDA_ERROR_INVALID_CONTEXT);
+            context();
+            assert_eq!(code(result::malloc_sync(0)), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(code(result::malloc_sync(2 << 20)), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+            let data = result::malloc_sync(64).unwrap();
+            assert_eq!(code(result::memcpy_htod_sync(data + 4, &[0u32; 16])), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(code(result::free_sync(data + 4)), CUresult::CUDA_ERROR_INVALID_VALUE);
+            let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
+            let invalid = CUresult::CUDA_ERROR_INVALID_VALUE;
+            assert_eq!(sys::cuIpcGetMemHandle(&mut handle, data + 4), invalid, "an interior pointer");
+            let pool = result::malloc_async(std::ptr::null_mut(), 64).unwrap();
+            assert_eq!(sys::cuIpcGetMemHandle(&mut handle, pool), invalid, "memory of a pool");
+            sys::cuIpcGetMemHandle(&mut handle, data).result().unwrap();
+            let mut opened = 0;
+            let own = sys::cuIpcOpenMemHandle_v2(&mut opened, handle, 1);
+            assert_eq!(own, CUresult::CUDA_ERROR_INVALID_CONTEXT, "the own process");
+            assert_eq!(sys::cuIpcCloseMemHandle(data), invalid, "not opened");
+            result::free_sync(data).unwrap();
+            assert_eq!(code(result::free_sync(data)), invalid, "twice");
+        }
+        let module = Module::load(kernels::SMALL).unwrap();
+        assert_eq!(code(module.function("absent")), CUresult::CUDA_ERROR_NOT_FOUND);
+        assert_eq!(code(Module::load(".version 8.2\nnonsense")), CUresult::CUDA_ERROR_INVALID_PTX);
+        let newer = kernels::SMALL.replace("8.2", "9.9");
+        assert_eq!(code(Module::load(&newer)), CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+        assert_eq!(code(add(module.function("add").unwrap(), 0, 0, 1025)), CUresult::CUDA_ERROR_INVALID_VALUE);
+    });
+}
+
+/// Opens a handle, adds 1 to each word by a kernel, closes it again.
+#[test]
+fn importer() {
+    as_peer("importer", || {
+        context();
+        let bytes = unhex(&listen());
+        let handle = sys::CUipcMemHandle_st { reserved: std::array::from_fn(|i| bytes[i].cast_signed()) };
+        let function = Module::load(kernels::SMALL).unwrap().function("add").unwrap();
+        let (mut first, mut second) = (0, 0);
+        // SAFETY: a handle from the exporter, which keeps its memory until this process has ended.
+        unsafe {
+            assert_eq!(sys::cuIpcOpenMemHandle_v2(&mut first, handle, 0), CUresult::CUDA_ERROR_INVALID_VALUE);
+            sys::cuIpcOpenMemHandle_v2(&mut first, handle, 1).result().unwrap();
+            sys::cuIpcOpenMemHandle_v2(&mut second, handle, 1).result().unwrap();
+            assert_eq!(first, second, "counted, not mapped twice");
+            add(function, first, 1, 16).unwrap();
+            result::ctx::synchronize().unwrap();
+            sys::cuIpcCloseMemHandle(first).result().unwrap();
+            assert_eq!(code(result::free_sync(first)), CUresult::CUDA_ERROR_INVALID_VALUE, "not its owner");
+            sys::cuIpcCloseMemHandle(first).result().unwrap();
+            assert_eq!(sys::cuIpcCloseMemHandle(first), CUresult::CUDA_ERROR_INVALID_VALUE, "closed");
+        }
+        say("done");
+        listen();
+    });
+}
+
+#[test]
+fn memory_is_shared_between_processes() {
+    on_virtual_gpu("memory_is_shared_between_processes", &[], || {
+        context();
+        let data = alloc(64);
+        write(data, &[41; 16]);
+        let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
+        // SAFETY: the allocation's base.
+        unsafe { sys::cuIpcGetMemHandle(&mut handle, data) }.result().unwrap();
+        let mut peer = Peer::start("importer", &[]);
+        peer.tell(&hex(&handle.reserved.map(i8::cast_unsigned)));
+        assert_eq!(peer.hear(), "done");
+        peer.finish();
+        assert_eq!(read(data, 16), [42; 16]);
+    });
+}
