@@ -235,6 +235,57 @@ pub enum Error {
         source: Arc<std::io::Error>,
     },
 
+    // ---- CUDA ------------------------------------------------------------------------------------------------------
+    /// There is no NVIDIA driver on this machine, or this process does not find it.
+    #[error("no NVIDIA driver: libcuda.so cannot be opened (it comes with the driver, not with the CUDA toolkit)")]
+    DriverAbsent,
+    /// The driver does not know the functions or the PTX that are used here.
+    #[error(
+        "the NVIDIA driver is of CUDA {}.{}; {}.{} or later is needed",
+        found / 1000, found % 1000 / 10, oldest / 1000, oldest % 1000 / 10
+    )]
+    DriverTooOld {
+        /// The driver's version, as `cuDriverGetVersion` writes it: 1000 * major + 10 * minor.
+        found: u32,
+        /// The oldest version that will do, written in the same way.
+        oldest: u32,
+    },
+    /// There is a driver and no device for this process (`CUDA_VISIBLE_DEVICES` may hide them).
+    #[error("the NVIDIA driver shows no device to this process")]
+    NoDevice,
+    /// A device does not answer any more. Nothing on it can be saved; the process must be started anew.
+    #[error("device {device} was lost in {operation}: {reason}")]
+    DeviceLost {
+        /// Its number in this process.
+        device: u32,
+        /// The call that found out.
+        operation: &'static str,
+        /// The driver's words.
+        reason: String,
+    },
+    /// A kernel did what it must not, and the device's context is unusable for the rest of the process.
+    #[error("a kernel failed on device {device}, as {operation} found: {reason}")]
+    KernelFault {
+        /// The device's number in this process.
+        device: u32,
+        /// The call that found out; the kernel may have run long before.
+        operation: &'static str,
+        /// The driver's words.
+        reason: String,
+    },
+    /// The driver refused a call.
+    #[error("{operation} on device {device} failed with code {code}: {reason}")]
+    Cuda {
+        /// The device's number in this process.
+        device: u32,
+        /// The call.
+        operation: &'static str,
+        /// `CUresult`
+        code: u32,
+        /// The driver's words.
+        reason: String,
+    },
+
     // ---- strategy --------------------------------------------------------------------------------------------------
     /// A module or optimizer was set up twice.
     #[error("{what} is already set up with a strategy")]

@@ -2,10 +2,13 @@
 //!
 //! On the host backend a [`Stream`] is a worker thread that runs what it is given in order, and an [`Event`] is a
 //! completion count that a stream or the host can wait for. The order in which compute and communication overlap is
-//! therefore exercised for real without a GPU.
+//! therefore exercised for real without a GPU. What stands in this module is the host's; [`cuda`] has the same words for
+//! NVIDIA devices.
 
 mod arena;
 mod buffer;
+#[cfg(all(feature = "cuda", not(loom)))]
+pub mod cuda;
 mod event;
 pub(crate) mod mapping;
 mod stream;

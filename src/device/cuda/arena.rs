@@ -1,0 +1,440 @@
+//! The arena of a device: one allocation, from which registered buffers come, and which peers map.
+//!
+//! ```text
+//! owner:  Arena::new --> export() --> Exported { descriptor | handle }      over the rendezvous' checked socket
+//! peer:                               PeerArena::open(device, exported)     + Buffer::arena_offset_bytes = its address of the buffer
+//! ```
+//! A handle or descriptor covers the whole allocation, so what is sent for a buffer is its offset. Importers close before the
+//! owner frees: CUDA leaves the other order undefined (Driver API, `cuIpcGetMemHandle`), so teardown is collective.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{result, sys};
+use range_alloc::RangeAllocator;
+
+use super::buffer::{Buffer, Memory};
+use super::context::{Device, Uuid};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Buffers begin at multiples of this, as `cuMemAlloc` promises for allocations.
+const ALIGN_BYTES: usize = 256;
+
+/// How an arena's memory reaches other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Virtual memory management: a POSIX descriptor, which reaches only who is sent it over a checked socket.
+    Descriptor,
+    /// Legacy CUDA IPC: 64 bytes that whoever reads them can use; for devices and systems without the former.
+    Handle,
+}
+
+/// What another process needs to map an arena. `Debug` does not show it.
+pub struct Exported {
+    /// The device that the memory is on.
+    pub uuid: Uuid,
+    /// Length of the memory.
+    pub len_bytes: usize,
+    /// The token itself.
+    pub token: Token,
+}
+
+/// A right to map memory.
+pub enum Token {
+    /// [`Sharing::Descriptor`]
+    Descriptor(OwnedFd),
+    /// [`Sharing::Handle`]
+    Handle([u8; 64]),
+}
+
+impl fmt::Debug for Exported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Exported { uuid, len_bytes, .. } = self;
+        f.debug_struct("Exported")
+            .field("uuid", uuid)
+            .field("len_bytes", len_bytes)
+            .field("token", &format_args!("<redacted>"))
+            .finish()
+    }
+}
+
+/// Memory of a device that peers map. Clones are the same arena; it is freed when they and all buffers in it are gone.
+#[derive(Clone)]
+pub struct Arena(Arc<Core>);
+
+struct Core {
+    block: Block,
+    len_bytes: usize,
+    ranges: Mutex<RangeAllocator<usize>>,
+}
+
+/// Device memory by either way of sharing.
+enum Block {
+    Legacy { device: Device, address: sys::CUdeviceptr },
+    Virtual(VirtualBlock),
+}
+
+impl Block {
+    fn device(&self) -> &Device {
+        match self {
+            Block::Legacy { device, .. } => device,
+            Block::Virtual(block) => &block.device,
+        }
+    }
+
+    fn address(&self) -> sys::CUdeviceptr {
+        match self {
+            Block::Legacy { address, .. } => *address,
+            Block::Virtual(block) => block.address,
+        }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Block::Legacy { device, address } = self
+            && device.bind().is_ok()
+        {
+            // SAFETY: from `malloc_sync`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { result::free_sync(*address) };
+        }
+    }
+}
+
+impl Arena {
+    /// Allocates `len_bytes`, rounded up to what the device shares, and fills them with zeroes.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] with what the device has left; [`Error::SizeOverflow`]; what the driver says.
+    pub fn new(device: &Device, len_bytes: usize, sharing: Sharing) -> Result<Arena> {
+        device.bind()?;
+        let (block, len_bytes) = match sharing {
+            Sharing::Descriptor => {
+                let whole = VirtualBlock::whole(device, len_bytes)?;
+                let handle = VirtualBlock::create(device, whole)?;
+                (Block::Virtual(VirtualBlock::map(device, handle, whole)?), whole)
+            }
+            Sharing::Handle => {
+                // Whole blocks of 2 MiB: smaller allocations may share one, and a handle covers all of it (CUDA C++
+                // Programming Guide, "Interprocess Communication").
+                let whole = round_up(len_bytes, 2 << 20)?;
+                // SAFETY: the memory is zeroed below, before anybody has its address.
+                let made = unsafe { result::malloc_sync(whole) };
+                let address = device.check_space("the arena on the device", whole, made)?;
+                (Block::Legacy { device: device.clone(), address }, whole)
+            }
+        };
+        // SAFETY: the whole of a fresh allocation.
+        device.check("cuMemsetD8", unsafe { result::memset_d8_sync(block.address(), 0, len_bytes) })?;
+        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        let ranges = Mutex::new(RangeAllocator::new(0..len_bytes));
+        Ok(Arena(Arc::new(Core { block, len_bytes, ranges })))
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> &Device {
+        self.0.block.device()
+    }
+
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.0.len_bytes
+    }
+
+    /// Address of the first byte in this process.
+    pub fn address(&self) -> u64 {
+        self.0.block.address()
+    }
+
+    /// A registered buffer. What it holds is what was left there; a fresh arena holds zeroes.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] if the arena has too little left; [`Error::SizeOverflow`].
+    pub fn alloc(&self, dtype: DType, len_elems: usize) -> Result<Buffer> {
+        let whole = round_up(dtype.bytes_of(len_elems)?.max(1), ALIGN_BYTES)?;
+        let no_space = |have_bytes: usize| Error::NoSpace {
+            what: "a registered buffer in the arena of the device",
+            need_bytes: whole as u64,
+            have_bytes: have_bytes as u64,
+        };
+        let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        if whole > self.0.len_bytes {
+            return Err(no_space(ranges.total_available())); // the allocator's own sums would wrap
+        }
+        let range = ranges.allocate_range(whole).map_err(|left| no_space(left.fragmented_free_length))?;
+        drop(ranges);
+        let registered = Registered { arena: Arc::clone(&self.0), offset_bytes: range.start, len_bytes: whole };
+        Ok(Buffer::over(Arc::new(registered), dtype, len_elems))
+    }
+
+    /// What other processes need to map this memory.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn export(&self) -> Result<Exported> {
+        let device = self.device();
+        device.bind()?;
+        let token = match &self.0.block {
+            Block::Legacy { address, .. } => {
+                let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+                // SAFETY: the base of an allocation that lives.
+                let made = unsafe { sys::cuIpcGetMemHandle(&mut handle, *address) }.result();
+                device.check("cuIpcGetMemHandle", made)?;
+                Token::Handle(handle.reserved.map(|byte| byte as u8))
+            }
+            Block::Virtual(block) => Token::Descriptor(block.export()?),
+        };
+        Ok(Exported { uuid: device.uuid(), len_bytes: self.0.len_bytes, token })
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arena").field("device", &self.device().ordinal()).field("len_bytes", &self.0.len_bytes).finish()
+    }
+}
+
+/// A range of an arena, given back when it is dropped.
+struct Registered {
+    arena: Arc<Core>,
+    offset_bytes: usize,
+    len_bytes: usize,
+}
+
+impl Memory for Registered {
+    fn address(&self) -> sys::CUdeviceptr {
+        self.arena.block.address() + self.offset_bytes as u64
+    }
+
+    fn device(&self) -> &Device {
+        self.arena.block.device()
+    }
+
+    fn arena_offset_bytes(&self) -> Option<usize> {
+        Some(self.offset_bytes)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let mut ranges = self.arena.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.free_range(self.offset_bytes..self.offset_bytes + self.len_bytes);
+    }
+}
+
+// ---- another process's arena -------------------------------------------------------------------------------------------
+
+/// A peer's arena as this process's kernels reach it. Dropping it closes it, which must come before the owner frees.
+pub struct PeerArena {
+    memory: PeerMemory,
+    len_bytes: usize,
+}
+
+enum PeerMemory {
+    /// In this very process: CUDA refuses to open an own handle, and needs none.
+    Same(Arena),
+    Opened {
+        device: Device,
+        address: sys::CUdeviceptr,
+    },
+    Virtual(VirtualBlock),
+}
+
+impl PeerArena {
+    /// Maps the arena of another process for `device`, whose kernels are to reach it.
+    ///
+    /// # Errors
+    /// What the driver says: that the owner has ended, or that the devices are no peers.
+    pub fn open(device: &Device, exported: Exported) -> Result<PeerArena> {
+        device.bind()?;
+        let len_bytes = exported.len_bytes;
+        let memory = match exported.token {
+            Token::Handle(bytes) => {
+                let handle = sys::CUipcMemHandle { reserved: bytes.map(|byte| byte as std::ffi::c_char) };
+                let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+                let mut address = 0;
+                // SAFETY: the driver checks handles; the mapping is closed once, on drop.
+                let opened = unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, flags) }.result();
+                device.check("cuIpcOpenMemHandle", opened)?;
+                PeerMemory::Opened { device: device.clone(), address }
+            }
+            Token::Descriptor(descriptor) => {
+                let handle = VirtualBlock::import(device, &descriptor)?;
+                PeerMemory::Virtual(VirtualBlock::map(device, handle, len_bytes)?)
+            }
+        };
+        Ok(PeerArena { memory, len_bytes })
+    }
+
+    /// The arena of a rank in this process, by its own address. Kernels of another device also need
+    /// [`Device::enable_peer`](super::Device::enable_peer).
+    pub fn of_this_process(arena: &Arena) -> PeerArena {
+        PeerArena { memory: PeerMemory::Same(arena.clone()), len_bytes: arena.len_bytes() }
+    }
+
+    /// The address at which kernels here find the `len_bytes` bytes at `offset_bytes` of the peer's arena.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if they do not lie in the arena: a peer's offset is not trusted.
+    pub fn address(&self, offset_bytes: usize, len_bytes: usize) -> Result<u64> {
+        if offset_bytes.checked_add(len_bytes).is_none_or(|end| end > self.len_bytes) {
+            return Err(Error::InvalidArgument {
+                argument: "offset in a peer's arena",
+                value: format!("{len_bytes} bytes at {offset_bytes} of {}", self.len_bytes),
+                accepted: "must lie in the arena",
+            });
+        }
+        let base = match &self.memory {
+            PeerMemory::Same(arena) => arena.address(),
+            PeerMemory::Opened { address, .. } => *address,
+            PeerMemory::Virtual(block) => block.address,
+        };
+        Ok(base + offset_bytes as u64)
+    }
+}
+
+impl Drop for PeerArena {
+    fn drop(&mut self) {
+        if let PeerMemory::Opened { device, address } = &self.memory
+            && device.bind().is_ok()
+        {
+            // SAFETY: opened by `open` and closed once.
+            let _ = unsafe { sys::cuIpcCloseMemHandle(*address) };
+        }
+    }
+}
+
+impl fmt::Debug for PeerArena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match &self.memory {
+            PeerMemory::Same(_) => "same process",
+            PeerMemory::Opened { .. } => "handle",
+            PeerMemory::Virtual(_) => "descriptor",
+        };
+        f.debug_struct("PeerArena").field("by", &kind).field("len_bytes", &self.len_bytes).finish()
+    }
+}
+
+// ---- virtual memory management (CUDA Driver API, 6.14) -----------------------------------------------------------------
+
+/// Physical memory, mapped at a range of its own.
+struct VirtualBlock {
+    device: Device,
+    handle: sys::CUmemGenericAllocationHandle,
+    address: sys::CUdeviceptr,
+    len_bytes: usize,
+    is_mapped: bool,
+}
+
+const DESCRIPTOR: sys::CUmemAllocationHandleType =
+    sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+
+fn location(device: &Device) -> sys::CUmemLocation {
+    sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device.raw() }
+}
+
+fn properties(device: &Device) -> sys::CUmemAllocationProp {
+    sys::CUmemAllocationProp {
+        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+        requestedHandleTypes: DESCRIPTOR,
+        location: location(device),
+        win32HandleMetaData: std::ptr::null_mut(),
+        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        },
+    }
+}
+
+impl VirtualBlock {
+    /// `len_bytes` in whole granules.
+    fn whole(device: &Device, len_bytes: usize) -> Result<usize> {
+        let mut granule = 0;
+        let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+        // SAFETY: both pointers are to live values.
+        let asked = unsafe { sys::cuMemGetAllocationGranularity(&mut granule, &properties(device), option) }.result();
+        device.check("cuMemGetAllocationGranularity", asked)?;
+        round_up(len_bytes, granule.max(1))
+    }
+
+    fn create(device: &Device, len_bytes: usize) -> Result<sys::CUmemGenericAllocationHandle> {
+        let mut handle = 0;
+        // SAFETY: both pointers are to live values.
+        let made = unsafe { sys::cuMemCreate(&mut handle, len_bytes, &properties(device), 0) }.result();
+        device.check_space("the arena on the device", len_bytes, made)?;
+        Ok(handle)
+    }
+
+    fn import(device: &Device, descriptor: &OwnedFd) -> Result<sys::CUmemGenericAllocationHandle> {
+        let mut handle = 0;
+        // The descriptor's number stands in place of the pointer.
+        let number = std::ptr::without_provenance_mut(descriptor.as_raw_fd() as usize);
+        // SAFETY: an open descriptor, of which the driver makes its own.
+        let imported = unsafe { sys::cuMemImportFromShareableHandle(&mut handle, number, DESCRIPTOR) }.result();
+        device.check("cuMemImportFromShareableHandle", imported)?;
+        Ok(handle)
+    }
+
+    /// Maps the memory behind `handle`, which is released with the block or on failure.
+    fn map(device: &Device, handle: sys::CUmemGenericAllocationHandle, len_bytes: usize) -> Result<VirtualBlock> {
+        let device = device.clone();
+        // From here on dropping undoes what was done.
+        let mut block = VirtualBlock { device, handle, address: 0, len_bytes, is_mapped: false };
+        // SAFETY: writes one address.
+        let reserved = unsafe { sys::cuMemAddressReserve(&mut block.address, len_bytes, 0, 0, 0) }.result();
+        block.device.check("cuMemAddressReserve", reserved)?;
+        // SAFETY: a range that was reserved just now, of the length of the memory.
+        let mapped = unsafe { sys::cuMemMap(block.address, len_bytes, 0, handle, 0) }.result();
+        block.device.check("cuMemMap", mapped)?;
+        block.is_mapped = true;
+        let access = sys::CUmemAccessDesc {
+            location: location(&block.device),
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: one description, of the range that was mapped just now.
+        let opened = unsafe { sys::cuMemSetAccess(block.address, len_bytes, &access, 1) }.result();
+        block.device.check("cuMemSetAccess", opened)?;
+        Ok(block)
+    }
+
+    fn export(&self) -> Result<OwnedFd> {
+        let mut descriptor: std::ffi::c_int = -1;
+        // SAFETY: for this kind of handle the driver writes one integer.
+        let made =
+            unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, DESCRIPTOR, 0) };
+        self.device.check("cuMemExportToShareableHandle", made.result())?;
+        // SAFETY: the driver has opened it for the caller, who owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+}
+
+impl Drop for VirtualBlock {
+    fn drop(&mut self) {
+        if self.device.bind().is_err() {
+            return;
+        }
+        // cuMemUnmap does not wait for kernels as cuMemFree does.
+        let _ = result::ctx::synchronize();
+        // SAFETY: undoes, once and in reverse, what `map` has done.
+        unsafe {
+            if self.is_mapped {
+                let _ = sys::cuMemUnmap(self.address, self.len_bytes);
+            }
+            if self.address != 0 {
+                let _ = sys::cuMemAddressFree(self.address, self.len_bytes);
+            }
+            let _ = sys::cuMemRelease(self.handle);
+        }
+    }
+}
+
+fn round_up(len_bytes: usize, multiple: usize) -> Result<usize> {
+    len_bytes.max(1).checked_next_multiple_of(multiple).ok_or_else(|| Error::SizeOverflow {
+        what: "memory of a device",
+        detail: format!("{len_bytes} bytes in blocks of {multiple}"),
+    })
+}

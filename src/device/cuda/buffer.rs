@@ -1,0 +1,260 @@
+//! Buffers on a device, and pinned memory of the host.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cudarc::driver::{result, sys};
+
+use super::context::Device;
+use super::stream::Stream;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+
+/// Where a buffer's bytes are; kept alive by the buffer.
+pub(super) trait Memory: Send + Sync {
+    fn address(&self) -> sys::CUdeviceptr;
+    fn device(&self) -> &Device;
+    /// For memory that peers reach: its offset in the arena.
+    fn arena_offset_bytes(&self) -> Option<usize>;
+}
+
+/// `len_elems` elements of one type on a device. Not `Clone`: who holds the buffer may write it.
+///
+/// *Private* buffers are allocations of their own; *registered* ones lie in an [`Arena`](super::Arena), where peers reach
+/// them. Either way the address is a multiple of 256 bytes.
+pub struct Buffer {
+    memory: Arc<dyn Memory>,
+    dtype: DType,
+    len_elems: usize,
+}
+
+/// An allocation of this process alone.
+struct Private {
+    device: Device,
+    address: sys::CUdeviceptr,
+}
+
+impl Memory for Private {
+    fn address(&self) -> sys::CUdeviceptr {
+        self.address
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn arena_offset_bytes(&self) -> Option<usize> {
+        None
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: from `malloc_sync`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { result::free_sync(self.address) };
+        }
+    }
+}
+
+impl Buffer {
+    /// A private buffer of zeroes. The host waits until they are written.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`]; [`Error::NoSpace`] with what the device has left; what the driver says.
+    pub fn zeroed(device: &Device, dtype: DType, len_elems: usize) -> Result<Buffer> {
+        let len_bytes = dtype.bytes_of(len_elems)?.max(1); // the driver refuses to allocate nothing
+        device.bind()?;
+        // SAFETY: the memory is zeroed below, before anybody has its address.
+        let made = unsafe { result::malloc_sync(len_bytes) };
+        let address = device.check_space("a buffer on the device", len_bytes, made)?;
+        let buffer = Buffer::over(Arc::new(Private { device: device.clone(), address }), dtype, len_elems);
+        // SAFETY: the whole of a fresh allocation.
+        let zeroed = unsafe { result::memset_d8_sync(address, 0, len_bytes) };
+        device.check("cuMemsetD8", zeroed)?;
+        // The fill may still run, in the default stream, which no stream of ours waits for.
+        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        Ok(buffer)
+    }
+
+    pub(super) fn over(memory: Arc<dyn Memory>, dtype: DType, len_elems: usize) -> Buffer {
+        Buffer { memory, dtype, len_elems }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len_elems(&self) -> usize {
+        self.len_elems
+    }
+
+    /// Whether the buffer has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len_elems == 0
+    }
+
+    /// Size in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.len_elems * self.dtype.size_bytes() // checked when the buffer was made
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Device {
+        self.memory.device()
+    }
+
+    /// Address of the first element, for kernels' arguments. The memory lives as long as the buffer.
+    pub fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    /// Whether peers reach the memory.
+    pub fn is_registered(&self) -> bool {
+        self.arena_offset_bytes().is_some()
+    }
+
+    /// Of a registered buffer, its offset in the arena: what a peer adds to its own address of the arena.
+    pub fn arena_offset_bytes(&self) -> Option<usize> {
+        self.memory.arena_offset_bytes()
+    }
+
+    /// Copies `elements` into the buffer in the order of `stream`. They may be changed when the call returns: the driver
+    /// has taken them by then (CUDA Driver API, 2, "API synchronization behavior", for pageable memory).
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
+    pub fn write<T: Element>(&mut self, elements: &[T], stream: &Stream) -> Result<()> {
+        self.check::<T>(elements.len())?;
+        stream.device().bind()?;
+        // SAFETY: the buffer has room for exactly these elements, and the exclusive borrow makes this its one writer on the
+        // host; who uses it on another stream has ordered the two by an event.
+        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, stream.raw()) };
+        stream.device().check("cuMemcpyHtoDAsync", copied)
+    }
+
+    /// Waits for everything enqueued on `stream` and copies the buffer to the host.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`]; [`Error::Stream`] after `timeout`; what the device failed with.
+    pub fn read<T: Element>(&self, stream: &Stream, timeout: Duration) -> Result<Vec<T>> {
+        self.check::<T>(self.len_elems)?;
+        // First with a deadline: the copy's own wait has none.
+        stream.synchronize(timeout)?;
+        let mut elements = vec![T::zeroed(); self.len_elems];
+        // SAFETY: as many elements as the buffer has; the call returns when they have arrived.
+        let copied = unsafe { result::memcpy_dtoh_sync(&mut elements, self.address()) };
+        stream.device().check("cuMemcpyDtoH", copied)?;
+        Ok(elements)
+    }
+
+    fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
+        if T::DTYPE != self.dtype {
+            return Err(Error::DTypeMismatch {
+                what: "buffer on the device".into(),
+                expected: self.dtype,
+                actual: T::DTYPE,
+            });
+        }
+        if len_elems != self.len_elems {
+            return Err(Error::LengthMismatch {
+                what: "buffer on the device".into(),
+                expected_elems: self.len_elems,
+                actual_elems: len_elems,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Buffer")
+            .field("device", &self.device().ordinal())
+            .field("dtype", &self.dtype)
+            .field("len_elems", &self.len_elems)
+            .field("is_registered", &self.is_registered())
+            .finish()
+    }
+}
+
+/// Zeroed memory of the host that devices reach directly, at the same address: for records that kernels write and the host
+/// reads while they run.
+pub struct Pinned {
+    device: Device,
+    memory: NonNull<u8>,
+    len_bytes: usize,
+}
+
+// SAFETY: plain memory; who shares it accesses it by atomics or after the device's work, as `as_ptr` says.
+unsafe impl Send for Pinned {}
+// SAFETY: as for Send.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// Allocates `len_bytes` of zeroes, reachable from every device of the process.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for 0 bytes; [`Error::NoSpace`]; what the driver says.
+    pub fn zeroed(device: &Device, len_bytes: usize) -> Result<Pinned> {
+        if len_bytes == 0 {
+            return Err(Error::InvalidArgument {
+                argument: "len_bytes of pinned memory",
+                value: "0".into(),
+                accepted: "must not be 0",
+            });
+        }
+        device.bind()?;
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: the memory is zeroed below, before anybody has its address.
+        let made = unsafe { result::malloc_host(len_bytes, flags) };
+        let memory = match made {
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                let have_bytes = crate::world::memory::available_bytes();
+                return Err(Error::NoSpace { what: "pinned host memory", need_bytes: len_bytes as u64, have_bytes });
+            }
+            other => device.check("cuMemHostAlloc", other)?,
+        };
+        let memory = NonNull::new(memory.cast::<u8>()).ok_or(Error::NoSpace {
+            what: "pinned host memory",
+            need_bytes: len_bytes as u64,
+            have_bytes: 0,
+        })?;
+        // SAFETY: `len_bytes` fresh bytes.
+        unsafe { memory.as_ptr().write_bytes(0, len_bytes) };
+        Ok(Pinned { device: device.clone(), memory, len_bytes })
+    }
+
+    /// First byte, page-aligned. What a kernel writes while the host looks is read by atomics.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.memory
+    }
+
+    /// The address for kernels' arguments: with unified addressing, which every 64-bit Linux driver has, the same.
+    pub fn address(&self) -> u64 {
+        self.memory.as_ptr().expose_provenance() as u64
+    }
+
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: from `malloc_host`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pinned").field("len_bytes", &self.len_bytes).finish()
+    }
+}

@@ -1,0 +1,181 @@
+//! Devices and their primary contexts.
+
+use std::fmt;
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+
+use super::fault::check;
+use crate::error::{Error, Result};
+
+/// What names a device on every process of the machine; ordinals differ where `CUDA_VISIBLE_DEVICES` does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Uuid(pub [u8; 16]);
+
+impl fmt::Display for Uuid {
+    /// As nvidia-smi prints it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GPU")?;
+        for (index, byte) in self.0.iter().enumerate() {
+            let dash = if [0, 4, 6, 8, 10].contains(&index) { "-" } else { "" };
+            write!(f, "{dash}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A device with its primary context, which all users of the device in the process share (a trainer's library, too).
+/// Clones are the same. The context is released with the last clone; everything made on the device keeps one.
+#[derive(Clone)]
+pub struct Device(Arc<Core>);
+
+struct Core {
+    ordinal: u32,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    uuid: Uuid,
+    name: String,
+}
+
+// SAFETY: a context may be used from any thread that makes it current (CUDA Driver API, 6.8); the handle is only passed.
+unsafe impl Send for Core {}
+// SAFETY: as for Send.
+unsafe impl Sync for Core {}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // SAFETY: `retain` took this reference, and whatever was made in the context is gone: it held the core.
+        let _ = unsafe { result::primary_ctx::release(self.device) }; // a lost device cannot be released
+    }
+}
+
+impl Device {
+    pub(super) fn retain(ordinal: u32) -> Result<Device> {
+        let at = Some(ordinal);
+        let number = i32::try_from(ordinal).map_err(|_| Error::NoDevice)?;
+        let device = check(at, "cuDeviceGet", result::device::get(number))?;
+        let name = check(at, "cuDeviceGetName", result::device::get_name(device))?;
+        let uuid = check(at, "cuDeviceGetUuid", result::device::get_uuid(device))?;
+        // SAFETY: the device was named by the driver just now.
+        let context = check(at, "cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        let uuid = Uuid(uuid.bytes.map(|byte| byte as u8));
+        Ok(Device(Arc::new(Core { ordinal, device, context, uuid, name })))
+    }
+
+    /// Number in the driver's order, for messages; not the same in other processes.
+    pub fn ordinal(&self) -> u32 {
+        self.0.ordinal
+    }
+
+    /// The name to compare with other processes.
+    pub fn uuid(&self) -> Uuid {
+        self.0.uuid
+    }
+
+    /// The product.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Whether both are the same device of the machine.
+    pub fn is_same(&self, other: &Device) -> bool {
+        self.0.uuid == other.0.uuid
+    }
+
+    /// Compute capability, major and minor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn compute_capability(&self) -> Result<(u32, u32)> {
+        use sys::CUdevice_attribute::*;
+        Ok((
+            self.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            self.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ))
+    }
+
+    /// Streaming multiprocessors.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn len_multiprocessors(&self) -> Result<u32> {
+        self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
+    /// Whether memory can be shared by descriptors ([`Sharing::Descriptor`](super::Sharing)).
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn shares_descriptors(&self) -> Result<bool> {
+        use sys::CUdevice_attribute::*;
+        Ok(self.attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED)? != 0
+            && self.attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)? != 0)
+    }
+
+    /// Free and total memory in bytes.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn memory_bytes(&self) -> Result<(u64, u64)> {
+        self.bind()?;
+        let (free, total) = self.check("cuMemGetInfo", result::mem_get_info())?;
+        Ok((free as u64, total as u64))
+    }
+
+    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<u32> {
+        // SAFETY: the device was named by the driver.
+        let value = unsafe { result::device::get_attribute(self.0.device, attribute) };
+        Ok(u32::try_from(self.check("cuDeviceGetAttribute", value)?).unwrap_or(0))
+    }
+
+    pub(super) fn raw(&self) -> sys::CUdevice {
+        self.0.device
+    }
+
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.0.context
+    }
+
+    /// Makes the context current to the calling thread: before every call that works in one.
+    pub(super) fn bind(&self) -> Result<()> {
+        // SAFETY: the context is retained while the device lives.
+        self.check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.0.context) })
+    }
+
+    pub(super) fn check<T>(
+        &self,
+        operation: &'static str,
+        result: std::result::Result<T, result::DriverError>,
+    ) -> Result<T> {
+        check(Some(self.0.ordinal), operation, result)
+    }
+
+    /// As [`check`](Device::check), for an allocation: out of memory with its numbers.
+    pub(super) fn check_space<T>(
+        &self,
+        what: &'static str,
+        need_bytes: usize,
+        result: std::result::Result<T, result::DriverError>,
+    ) -> Result<T> {
+        match result {
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                let have_bytes = self.memory_bytes().map_or(0, |(free, _)| free);
+                Err(Error::NoSpace { what, need_bytes: need_bytes as u64, have_bytes })
+            }
+            other => self.check("allocating memory", other),
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Core { ordinal, uuid, name, .. } = &*self.0;
+        f.debug_struct("Device").field("ordinal", ordinal).field("name", name).field("uuid", uuid).finish()
+    }
+}

@@ -1,0 +1,81 @@
+//! Events on a device.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cudarc::driver::{result, sys};
+
+use super::context::Device;
+use super::wait::until_ready;
+use crate::error::Result;
+
+/// A point in a stream's order: recording marks it, waiting waits for the point recorded last at the time of the call. An
+/// event never recorded is complete. Clones are the same event. It measures no time, which would cost some.
+#[derive(Clone)]
+pub struct Event(Arc<Core>);
+
+struct Core {
+    device: Device,
+    event: sys::CUevent,
+}
+
+// SAFETY: the driver's functions on events may be called from any thread; the handle is only passed to them.
+unsafe impl Send for Core {}
+// SAFETY: as for Send.
+unsafe impl Sync for Core {}
+
+impl Event {
+    /// An event that is complete until it is recorded, on a stream of `device`; any device's stream may wait for it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn new(device: &Device) -> Result<Event> {
+        device.bind()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let event = device.check("cuEventCreate", event)?;
+        Ok(Event(Arc::new(Core { device: device.clone(), event })))
+    }
+
+    /// Whether the point recorded last was reached, or will never be.
+    pub fn is_complete(&self) -> bool {
+        let asked = self.0.device.bind().map(|()| self.ask());
+        !matches!(asked, Ok(Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))))
+    }
+
+    /// Blocks the calling thread until the point recorded last is reached.
+    ///
+    /// # Errors
+    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; what the device failed with.
+    pub fn synchronize(&self, timeout: Duration) -> Result<()> {
+        self.0.device.bind()?;
+        until_ready(&self.0.device, "of an event", "cuEventQuery", timeout, || self.ask())
+    }
+
+    fn ask(&self) -> std::result::Result<(), result::DriverError> {
+        // SAFETY: the event lives as long as `self`, and its context is current.
+        unsafe { result::event::query(self.0.event) }
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    pub(super) fn raw(&self) -> sys::CUevent {
+        self.0.event
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: the last owner; the driver keeps an event alive for streams that still wait for it.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Event").field("is_complete", &self.is_complete()).finish()
+    }
+}

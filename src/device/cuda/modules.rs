@@ -1,0 +1,179 @@
+//! The kernels, loaded on a device.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{result, sys};
+
+use super::context::Device;
+use super::stream::Stream;
+use crate::error::{Error, Result};
+use crate::kernels;
+
+/// Every kernel of this crate on one device. Clones are the same.
+///
+/// All functions are loaded here, at setup: with lazy loading, the default since CUDA 12.2, the first use of a kernel may
+/// wait for kernels in flight, and one that waits for a peer would never end (CUDA C++ Programming Guide, "Lazy Loading").
+#[derive(Clone)]
+pub struct Kernels(Arc<Core>);
+
+struct Core {
+    device: Device,
+    modules: Vec<sys::CUmodule>,
+    functions: HashMap<String, sys::CUfunction>,
+}
+
+// SAFETY: modules and functions may be used from any thread with their context current; the handles are only passed.
+unsafe impl Send for Core {}
+// SAFETY: as for Send.
+unsafe impl Sync for Core {}
+
+/// How many blocks of how many threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Blocks.
+    pub blocks: u32,
+    /// Threads in a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// Whether all blocks must run at the same time; refused by the driver where they do not fit.
+    pub cooperative: bool,
+}
+
+impl Kernels {
+    /// Compiles the PTX of every module for `device` and loads every function in it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn load(device: &Device) -> Result<Kernels> {
+        let mut core = Core { device: device.clone(), modules: Vec::new(), functions: HashMap::new() };
+        device.bind()?;
+        for (_, ptx) in kernels::ALL {
+            core.load(ptx)?;
+        }
+        Ok(Kernels(Arc::new(core)))
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    /// Enqueues the kernel called `name`, whose one parameter is `arguments`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown kernel or a stream of another device; what the driver says. What goes wrong
+    /// in the kernel is reported by later calls on the device.
+    ///
+    /// # Safety
+    /// - `arguments` is the type that the kernel takes, and every address in it is of memory that this device reaches, of
+    ///   the length the kernel uses, until the kernel has ended.
+    /// - Whatever else uses that memory is ordered with the kernel by the stream or by events, or is another side of the
+    ///   kernel's own protocol.
+    pub unsafe fn launch<T: Pod>(&self, name: &str, shape: Shape, stream: &Stream, arguments: &T) -> Result<()> {
+        let refuse = |argument, value: String, accepted| Err(Error::InvalidArgument { argument, value, accepted });
+        let Some(function) = self.0.functions.get(name) else {
+            return refuse("kernel", name.to_owned(), "must be one of this crate's kernels");
+        };
+        if !stream.device().is_same(&self.0.device) {
+            return refuse("stream", stream.name().to_owned(), "must be of the device that the kernels are loaded on");
+        }
+        self.0.device.bind()?;
+        let Shape { blocks, threads, shared_bytes, cooperative } = shape;
+        let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(arguments).cast_mut().cast()];
+        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
+        // SAFETY: the driver copies the arguments before it returns; what they say is the caller's promise.
+        let launched = unsafe {
+            if cooperative {
+                result::launch_cooperative_kernel(*function, grid, block, shared_bytes, stream.raw(), &mut parameters)
+            } else {
+                result::launch_kernel(*function, grid, block, shared_bytes, stream.raw(), &mut parameters)
+            }
+        };
+        self.0.device.check("cuLaunchKernel", launched)
+    }
+}
+
+impl Core {
+    fn load(&mut self, ptx: &str) -> Result<()> {
+        let invalid = |_| Error::InvalidArgument {
+            argument: "PTX",
+            value: "text with a zero byte".into(),
+            accepted: "must be text",
+        };
+        let text = CString::new(ptx).map_err(invalid)?;
+        // SAFETY: a zero-terminated text, which the driver has read when it returns.
+        let module = unsafe { result::module::load_data(text.as_ptr().cast()) };
+        let module = self.device.check("cuModuleLoadData", module)?;
+        self.modules.push(module);
+        for name in entries(ptx) {
+            let c_name = CString::new(name).map_err(invalid)?;
+            // SAFETY: the module was loaded just now.
+            let function = unsafe { result::module::get_function(module, c_name) };
+            let function = self.device.check("cuModuleGetFunction", function)?;
+            self.force(function)?;
+            self.functions.insert(name.to_owned(), function);
+        }
+        Ok(())
+    }
+
+    /// Has the function's code put on the device now.
+    fn force(&self, function: sys::CUfunction) -> Result<()> {
+        type FuncLoad = unsafe extern "C" fn(sys::CUfunction) -> sys::CUresult;
+        // From CUDA 12.4 on, so it is not among cudarc's functions of 12.2.
+        // SAFETY: the library is present: a device exists. The name is documented with this type.
+        let loaded = match unsafe { sys::culib().get::<FuncLoad>(b"cuFuncLoad\0") } {
+            // SAFETY: a function of a loaded module.
+            Ok(load) => unsafe { load(function) }.result(),
+            // Asking for what only the loaded code knows does the same.
+            Err(_) => {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+                // SAFETY: a function of a loaded module.
+                unsafe { result::function::get_function_attribute(function, attribute) }.map(drop)
+            }
+        };
+        self.device.check("cuFuncLoad", loaded)
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if self.device.bind().is_err() {
+            return;
+        }
+        for module in &self.modules {
+            // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight are waited for.
+            let _ = unsafe { result::module::unload(*module) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut names: Vec<_> = self.0.functions.keys().collect();
+        names.sort();
+        f.debug_struct("Kernels").field("device", &self.0.device.ordinal()).field("functions", &names).finish()
+    }
+}
+
+/// Names of the kernels in a PTX text.
+fn entries(ptx: &str) -> impl Iterator<Item = &str> {
+    ptx.lines().filter_map(|line| {
+        let (_, rest) = line.trim_start().split_once(".entry ")?;
+        Some(rest.split('(').next().unwrap_or(rest).trim())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_found_in_their_text() {
+        assert_eq!(entries(kernels::PROBE).collect::<Vec<_>>(), ["probe_peer"]);
+        assert_eq!(entries(".visible .entry a(\n)\n// none\n\t.weak .entry b (").collect::<Vec<_>>(), ["a", "b"]);
+    }
+}

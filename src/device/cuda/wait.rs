@@ -1,0 +1,46 @@
+//! Waiting on the host with a deadline: the driver's own waits have none.
+
+use std::time::{Duration, Instant};
+
+use cudarc::driver::result::DriverError;
+use cudarc::driver::sys::CUresult;
+
+use super::context::Device;
+use crate::error::{Error, Result};
+
+/// Looks without a pause: a small kernel is done within them.
+const EAGER_LOOKS: u32 = 200;
+const FIRST_PAUSE: Duration = Duration::from_micros(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+
+/// Asks until the answer is no longer "not ready".
+///
+/// # Errors
+/// [`Error::Stream`] after `timeout`; what the driver answers.
+pub(super) fn until_ready(
+    device: &Device,
+    stream: &str,
+    operation: &'static str,
+    timeout: Duration,
+    ask: impl Fn() -> std::result::Result<(), DriverError>,
+) -> Result<()> {
+    let start = Instant::now();
+    let (mut looks, mut pause) = (0, FIRST_PAUSE);
+    loop {
+        match ask() {
+            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => {}
+            other => return device.check(operation, other),
+        }
+        if start.elapsed() >= timeout {
+            let reason = format!("its work did not end within {} ms", timeout.as_millis());
+            return Err(Error::Stream { stream: stream.to_owned(), reason });
+        }
+        looks += 1;
+        if looks <= EAGER_LOOKS {
+            std::hint::spin_loop();
+        } else {
+            std::thread::sleep(pause.min(timeout.saturating_sub(start.elapsed())));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
