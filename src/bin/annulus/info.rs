@@ -1,5 +1,6 @@
 //! `annulus info`: which backends there are, what was found and what not, and why.
 
+use std::borrow::Cow;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicU32;
@@ -14,6 +15,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{PidfdFlags, Resource};
 use serde::Serialize;
 
+use crate::gpus;
 use crate::machine::{self, Machine};
 
 /// Show what this machine and this build offer: backends, launcher, limits; what is missing, and why.
@@ -46,7 +48,7 @@ struct Backend {
 /// One thing that was looked for.
 #[derive(Serialize)]
 struct Probe {
-    what: &'static str,
+    what: Cow<'static, str>,
     found: bool,
     detail: String,
 }
@@ -128,17 +130,17 @@ fn host(machine: &Machine) -> Backend {
         probe("process handles (pidfd)", pidfd(), "a dead rank is noticed"),
         probe("futex", futex(), "ranks that wait long sleep"),
         probe("socket credentials", credentials(), "other users are refused"),
-        Probe { what: "vector instructions", found: Level::detected() > Level::Portable, detail: vectors() },
+        Probe { what: "vector instructions".into(), found: Level::detected() > Level::Portable, detail: vectors() },
     ];
     let meeting = two_ranks();
     let available = meeting.is_ok();
     probes.push(match meeting {
         Ok(took) => Probe {
-            what: "two ranks meet and sum",
+            what: "two ranks meet and sum".into(),
             found: true,
             detail: format!("tried just now, with threads: {:.1} ms in all", took.as_secs_f64() * 1e3),
         },
-        Err(error) => Probe { what: "two ranks meet and sum", found: false, detail: error.to_string() },
+        Err(error) => Probe { what: "two ranks meet and sum".into(), found: false, detail: error.to_string() },
     });
     let memory = match (machine.memory_bytes, machine.available_bytes) {
         (Some(all), Some(available)) => format!("{} of {} free", machine::size(available), machine::size(all)),
@@ -150,8 +152,8 @@ fn host(machine: &Machine) -> Backend {
 
 fn probe(what: &'static str, tried: rustix::io::Result<()>, purpose: &str) -> Probe {
     match tried {
-        Ok(()) => Probe { what, found: true, detail: purpose.to_owned() },
-        Err(errno) => Probe { what, found: false, detail: format!("{errno}; needed so that {purpose}") },
+        Ok(()) => Probe { what: what.into(), found: true, detail: purpose.to_owned() },
+        Err(errno) => Probe { what: what.into(), found: false, detail: format!("{errno}; needed so that {purpose}") },
     }
 }
 
@@ -213,23 +215,22 @@ fn two_ranks() -> Result<Duration> {
 // ---- CUDA --------------------------------------------------------------------------------------------------------------
 
 fn cuda() -> Backend {
-    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
-    let detail = match driver.as_deref().and_then(|text| text.lines().next()) {
-        Some(version) => version.trim().to_owned(),
-        None => "/proc/driver/nvidia/version does not exist: no NVIDIA driver is loaded".to_owned(),
-    };
+    let findings = gpus::look();
+    let devices = findings.iter().filter(|finding| finding.found && finding.what.starts_with("device ")).count();
+    let mut probes: Vec<_> = findings
+        .into_iter()
+        .map(|finding| Probe { what: finding.what.into(), found: finding.found, detail: finding.detail })
+        .collect();
+    probes.push(Probe {
+        what: "kernels".into(),
+        found: true,
+        detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
+    });
     Backend {
         name: "cuda",
         available: false,
-        summary: "this version has no CUDA backend yet; GPUs are not used, if there are any".into(),
-        probes: vec![
-            Probe { what: "NVIDIA driver", found: driver.is_some(), detail },
-            Probe {
-                what: "kernels",
-                found: true,
-                detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
-            },
-        ],
+        summary: format!("{devices} usable device(s); collectives and strategy run on the host only in this version"),
+        probes,
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod completions;
+mod gpus;
 mod info;
 mod launch;
 mod machine;
