@@ -60,6 +60,9 @@ unsafe fn reduce_half<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut 
         unsafe {
             let done = match T::DTYPE {
                 DType::F16 => half512::reduce_blocks::<{ half512::F16 }>(how, terms, dests, len_elems),
+                _ if is_x86_feature_detected!("avx512bf16") => {
+                    half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, terms, dests, len_elems)
+                }
                 _ => half512::reduce_blocks::<{ half512::BF16 }>(how, terms, dests, len_elems),
             };
             let mut rest_terms = [std::ptr::null(); MAX_WORLD_SIZE as usize];
@@ -180,5 +183,66 @@ pub(super) unsafe fn store<T: Lane>(to: *mut T, block: &[T; WIDTH], valid: usize
         } else {
             std::ptr::copy_nonoverlapping(block.as_ptr(), to, valid);
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// Every 16-bit pattern beside one far from it, in the last block and in the rest behind the blocks, too.
+    fn halves_match_the_portable_loop<T: Lane>(is_nan: impl Fn(T) -> bool) {
+        let a: Vec<u16> = (0..=u16::MAX).chain(0..37).collect();
+        let b: Vec<u16> = a.iter().map(|bits| bits.wrapping_mul(40_503).wrapping_add(11)).collect();
+        let close: Vec<u16> = a.iter().map(|bits| bits ^ 0x8001).collect(); // differences that cancel: subnormal results
+        for op in [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceOp::Max, ReduceOp::PremulSum(0.3)] {
+            for terms in [&[&a][..], &[&a, &b], &[&a, &close], &[&a, &b, &close]] {
+                let how = Combine { op, world_size: terms.len() as u32 };
+                let pointers: Vec<*const u8> = terms.iter().map(|term| term.as_ptr().cast()).collect();
+                let [mut fast, mut portable] = [vec![0_u16; a.len()], vec![0_u16; a.len()]];
+                // SAFETY: all are as long as `a`, aligned, and this thread's own; the destinations are disjoint from the
+                // terms.
+                unsafe {
+                    combine(T::DTYPE, how, &pointers, &[fast.as_mut_ptr().cast()], a.len());
+                    reduce::<T>(how, &pointers, &[portable.as_mut_ptr().cast()], a.len());
+                }
+                let value = |bits: u16| bytemuck::cast::<u16, [u8; 2]>(bits);
+                let nan = |bits: u16| is_nan(bytemuck::pod_read_unaligned(&value(bits)));
+                for (i, (fast, portable)) in fast.iter().zip(&portable).enumerate() {
+                    let same = fast == portable || nan(*fast) && nan(*portable);
+                    assert!(same, "{op:?} over {} at {i} ({:#06x}): {fast:#06x}, {portable:#06x}", terms.len(), a[i]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_matches_the_portable_loop() {
+        halves_match_the_portable_loop::<bf16>(bf16::is_nan);
+    }
+
+    #[test]
+    fn f16_matches_the_portable_loop() {
+        halves_match_the_portable_loop::<f16>(f16::is_nan);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn both_ways_of_rounding_to_bf16_agree() {
+        if simd::level() < simd::AVX512 || !is_x86_feature_detected!("avx512bf16") {
+            eprintln!("skipped: this processor has no AVX-512 BF16");
+            return;
+        }
+        let a: Vec<u16> = (0..=u16::MAX).collect();
+        let b: Vec<u16> = a.iter().map(|bits| bits.wrapping_mul(40_503).wrapping_add(11)).collect();
+        let terms: [*const u8; 2] = [a.as_ptr().cast(), b.as_ptr().cast()];
+        let how = Combine { op: ReduceOp::Sum, world_size: 2 };
+        let [mut native, mut integer] = [vec![0_u16; a.len()], vec![0_u16; a.len()]];
+        // SAFETY: as in `halves_match_the_portable_loop`; the processor's features were tested.
+        unsafe {
+            half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, &terms, &[native.as_mut_ptr().cast()], a.len());
+            half512::reduce_blocks::<{ half512::BF16 }>(how, &terms, &[integer.as_mut_ptr().cast()], a.len());
+        }
+        assert_eq!(native, integer);
     }
 }

@@ -15,9 +15,9 @@ use std::arch::x86_64::{
     __m512, __m512i, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm512_add_epi32,
     _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512, _mm512_castsi256_si512, _mm512_castsi512_ps,
     _mm512_castsi512_si256, _mm512_cmp_ps_mask, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_div_ps,
-    _mm512_extracti64x4_epi64, _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_blend_epi32, _mm512_mask_blend_ps,
-    _mm512_mul_ps, _mm512_or_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
-    _mm512_storeu_si512, _mm512_ternarylogic_epi32,
+    _mm512_extracti64x4_epi64, _mm512_fpclass_ps_mask, _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_blend_epi32,
+    _mm512_mask_blend_ps, _mm512_mul_ps, _mm512_or_epi32, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_ternarylogic_epi32,
 };
 
 use super::combine::Combine;
@@ -30,6 +30,8 @@ pub(super) const BLOCK: usize = 2 * WORDS;
 
 pub(super) const BF16: u8 = 0;
 pub(super) const F16: u8 = 1;
+/// bf16 on processors that round to it in one instruction.
+pub(super) const BF16_NATIVE: u8 = 2;
 
 const ADD: u8 = 0;
 const MIN: u8 = 1;
@@ -41,8 +43,9 @@ type Wide = [__m512; 2];
 /// Reduces the leading whole blocks of `terms` into `dests` and returns how many elements that were.
 ///
 /// # Safety
-/// As for [`super::combine::combine`], with elements of `FORMAT`; the processor has AVX-512 F and BW.
-#[target_feature(enable = "avx512f,avx512bw")]
+/// As for [`super::combine::combine`], with elements of `FORMAT`; the processor has AVX-512 F, BW and DQ; for
+/// [`BF16_NATIVE`] BF16, too.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 pub(super) unsafe fn reduce_blocks<const FORMAT: u8>(
     how: Combine,
     terms: &[*const u8],
@@ -64,7 +67,7 @@ pub(super) unsafe fn reduce_blocks<const FORMAT: u8>(
 
 /// # Safety
 /// As for [`reduce_blocks`]. `number` is the factor if `SCALE`, the divisor if `DIVIDE`.
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 unsafe fn blocks<const FORMAT: u8, const OP: u8, const SCALE: bool, const DIVIDE: bool>(
     terms: &[*const u8],
     dests: &[*mut u8],
@@ -104,7 +107,7 @@ unsafe fn blocks<const FORMAT: u8, const OP: u8, const SCALE: bool, const DIVIDE
     whole
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn fold<const OP: u8>(a: __m512, b: __m512) -> __m512 {
     if OP == ADD {
@@ -121,7 +124,7 @@ fn fold<const OP: u8>(a: __m512, b: __m512) -> __m512 {
 }
 
 /// Even and odd elements of bf16, lower and upper half of f16.
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn unpack<const FORMAT: u8>(words: __m512i) -> Wide {
     if FORMAT == F16 {
@@ -133,7 +136,7 @@ fn unpack<const FORMAT: u8>(words: __m512i) -> Wide {
 }
 
 /// Nearest, ties to even.
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn pack<const FORMAT: u8>(wide: Wide) -> __m512i {
     if FORMAT == F16 {
@@ -141,12 +144,58 @@ fn pack<const FORMAT: u8>(wide: Wide) -> __m512i {
         let upper = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[1]);
         return _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lower), upper);
     }
+    if FORMAT == BF16_NATIVE && !is_special(wide[0]) && !is_special(wide[1]) {
+        return interleave(native_bf16(wide[1], wide[0]));
+    }
     let (even, odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
     and_or(odd, upper_words(), _mm512_srli_epi32::<16>(even))
 }
 
+/// Whether a lane is a NaN or subnormal, of which the instruction keeps the payload or makes zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+#[inline]
+fn is_special(wide: __m512) -> bool {
+    const QUIET_NAN: i32 = 0x01;
+    const SUBNORMAL: i32 = 0x20;
+    const SIGNALLING_NAN: i32 = 0x80;
+    _mm512_fpclass_ps_mask::<{ QUIET_NAN | SUBNORMAL | SIGNALLING_NAN }>(wide) != 0
+}
+
+/// 16 words of `lower`, then 16 of `upper`. Only on processors with AVX-512 BF16. By name, because a function with that
+/// feature would not be inlined here.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+#[inline]
+fn native_bf16(upper: __m512, lower: __m512) -> __m512i {
+    let words;
+    // SAFETY: the instruction reads and writes registers only; the caller of `reduce_blocks` has looked for it.
+    unsafe {
+        std::arch::asm!("vcvtne2ps2bf16 {}, {}, {}", lateout(zmm_reg) words, in(zmm_reg) upper, in(zmm_reg) lower,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    words
+}
+
+/// Even words from the lower half, odd ones from the upper.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+#[inline]
+fn interleave(halves: __m512i) -> __m512i {
+    const fn order() -> [u16; WORDS] {
+        let mut order = [0; WORDS];
+        let mut i = 0;
+        while i < WORDS {
+            order[i] = (i / 2 + i % 2 * WORDS / 2) as u16;
+            i += 1;
+        }
+        order
+    }
+    const ORDER: [u16; WORDS] = order();
+    // SAFETY: 64 bytes are read from 64 bytes.
+    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
+    _mm512_permutexvar_epi16(order, halves)
+}
+
 /// A bf16 in the upper half of each lane; the lower half is anything.
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn round_to_bf16(wide: __m512) -> __m512i {
     let bits = _mm512_castps_si512(wide);
@@ -157,25 +206,25 @@ fn round_to_bf16(wide: __m512) -> __m512i {
 }
 
 /// `a & b | c`.
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn and_or(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
     _mm512_ternarylogic_epi32::<0b1110_1010>(a, b, c)
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn upper_words() -> __m512i {
     _mm512_set1_epi32(0xffff_0000_u32.cast_signed())
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn or_ps(a: __m512, b: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
 fn and_ps(a: __m512, b: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
