@@ -4,7 +4,7 @@
 #[allow(dead_code)] // the build script uses the rest
 mod nvcc;
 #[path = "../build/ptx.rs"]
-#[allow(dead_code)]
+#[allow(dead_code)] // the build script uses the rest
 mod ptx;
 
 use std::fs;
