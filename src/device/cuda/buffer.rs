@@ -1,5 +1,6 @@
 //! Buffers on a device, and pinned memory of the host.
 
+use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +56,27 @@ impl Drop for Private {
             // SAFETY: from `malloc_sync`, freed once; the driver waits for kernels that use it.
             let _ = unsafe { result::free_sync(self.address) };
         }
+    }
+}
+
+/// Memory that somebody else allocated.
+struct Foreign {
+    device: Device,
+    address: sys::CUdeviceptr,
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+impl Memory for Foreign {
+    fn address(&self) -> sys::CUdeviceptr {
+        self.address
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn arena_offset_bytes(&self) -> Option<usize> {
+        None
     }
 }
 
@@ -151,6 +173,39 @@ impl Buffer {
         Ok(elements)
     }
 
+    /// Memory of somebody else as a private buffer: a tensor of the trainer's own library, for one. `owner` is what keeps
+    /// it allocated, dropped with the last use of the buffer.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`]; [`Error::InvalidArgument`] if `address` is not aligned for `dtype`.
+    ///
+    /// # Safety
+    /// - `address` is of at least `len_elems` elements of `dtype` that kernels of `device` reach, as long as `owner` lives.
+    /// - Who else uses the memory is ordered, by streams and events, with what this crate enqueues on it.
+    pub unsafe fn foreign(
+        device: &Device,
+        address: u64,
+        dtype: DType,
+        len_elems: usize,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<Buffer> {
+        dtype.bytes_of(len_elems)?;
+        if !address.is_multiple_of(dtype.size_bytes() as u64) {
+            return Err(Error::InvalidArgument {
+                argument: "address of foreign memory",
+                value: format!("{address:#x}"),
+                accepted: "must be a multiple of the element's size",
+            });
+        }
+        let foreign = Foreign { device: device.clone(), address, _owner: owner };
+        Ok(Buffer::over(Arc::new(foreign), dtype, len_elems))
+    }
+
+    /// All of it, to hand to operations that are enqueued.
+    pub fn view(&self) -> View {
+        View { memory: Arc::clone(&self.memory), dtype: self.dtype, offset_elems: 0, len_elems: self.len_elems }
+    }
+
     fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
         if T::DTYPE != self.dtype {
             return Err(Error::DTypeMismatch {
@@ -177,6 +232,79 @@ impl std::fmt::Debug for Buffer {
             .field("dtype", &self.dtype)
             .field("len_elems", &self.len_elems)
             .field("is_registered", &self.is_registered())
+            .finish()
+    }
+}
+
+/// Part of a buffer, as operations that are enqueued take it: it keeps the memory allocated, and shares it. Two operations
+/// on one memory are ordered by their stream or by events; without that its contents are anything, as always on a device.
+#[derive(Clone)]
+pub struct View {
+    memory: Arc<dyn Memory>,
+    dtype: DType,
+    offset_elems: usize,
+    len_elems: usize,
+}
+
+impl View {
+    /// Elements `offset_elems .. offset_elems + len_elems` of it.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] if there are fewer.
+    pub fn slice(&self, offset_elems: usize, len_elems: usize) -> Result<View> {
+        let end_elems = offset_elems.saturating_add(len_elems);
+        if end_elems > self.len_elems {
+            return Err(Error::LengthMismatch {
+                what: format!("{len_elems} elements from {offset_elems} on, of a view of a buffer on the device"),
+                expected_elems: self.len_elems,
+                actual_elems: end_elems,
+            });
+        }
+        Ok(View { offset_elems: self.offset_elems + offset_elems, len_elems, ..self.clone() })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len_elems(&self) -> usize {
+        self.len_elems
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len_elems == 0
+    }
+
+    /// Size in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.len_elems * self.dtype.size_bytes() // part of a buffer, whose size was checked
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Device {
+        self.memory.device()
+    }
+
+    /// Address of the first element, for kernels' arguments. The memory lives as long as the view.
+    pub fn address(&self) -> u64 {
+        self.memory.address() + (self.offset_elems * self.dtype.size_bytes()) as u64
+    }
+
+    /// Of registered memory, the first element's offset in the arena.
+    pub fn arena_offset_bytes(&self) -> Option<usize> {
+        Some(self.memory.arena_offset_bytes()? + self.offset_elems * self.dtype.size_bytes())
+    }
+}
+
+impl std::fmt::Debug for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View")
+            .field("device", &self.device().ordinal())
+            .field("dtype", &self.dtype)
+            .field("len_elems", &self.len_elems)
             .finish()
     }
 }

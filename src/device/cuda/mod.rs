@@ -29,7 +29,7 @@ mod stream;
 mod wait;
 
 pub use arena::{Arena, Exported, PeerArena, Sharing, Token};
-pub use buffer::{Buffer, Pinned};
+pub use buffer::{Buffer, Pinned, View};
 pub use context::{Device, Uuid};
 pub use driver::{Driver, OLDEST_DRIVER};
 pub use event::Event;

@@ -63,26 +63,31 @@ impl Rank {
         let _ = rustix::process::kill_process_group(self.pid, signal);
     }
 
-    /// How the process ended, in a shell's numbers; it must have ended. Takes the rest of its group along.
-    fn reap(&mut self) -> (i32, String) {
+    /// How the process ended; it must have. Takes the rest of its group along.
+    fn reap(&mut self) -> End {
         let wait = |options| rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
         // Seen first without reaping: while the dead leader is there, its number cannot be somebody else's.
         while matches!(wait(WaitIdOptions::EXITED | WaitIdOptions::NOWAIT), Err(Errno::INTR)) {}
         self.signal_group(Signal::KILL);
         self.running = false;
-        loop {
+        let status = loop {
             match wait(WaitIdOptions::EXITED) {
                 Err(Errno::INTR) => {}
-                Ok(Some(status)) => {
-                    return match (status.exit_status(), status.terminating_signal()) {
-                        (Some(code), _) => (code, format!("ended with exit code {code}")),
-                        (_, Some(signal)) => (128 + signal, format!("was killed by {}", signal_name(signal))),
-                        (None, None) => (1, "ended".into()),
-                    };
-                }
-                other => return (1, format!("cannot be waited for ({other:?})")),
+                status => break status,
             }
-        }
+        };
+        let (code, signal, how) = match status {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => (code, None, format!("ended with exit code {code}")),
+                (_, Some(signal)) => {
+                    (128 + signal, Signal::from_named_raw(signal), format!("was killed by {}", signal_name(signal)))
+                }
+                (None, None) => (1, None, "ended".into()),
+            },
+            other => (1, None, format!("cannot be waited for ({other:?})")),
+        };
+        let how = format!("rank {} (pid {}) {how}", self.rank, self.pid.as_raw_nonzero());
+        End { rank: self.rank, code, signal, how }
     }
 }
 
@@ -109,6 +114,21 @@ fn signal_name(number: i32) -> String {
 struct Ending {
     /// When the ranks that are left are killed.
     kill_at: Instant,
+    /// Whether that has happened.
+    has_killed: bool,
+    /// Whether it is only known that a rank ended with an error of its own: perhaps because it saw another one die before
+    /// the launcher did. A process closes its sockets, which its peers notice, before it is gone.
+    may_be_consequence: bool,
+}
+
+/// How a rank ended.
+struct End {
+    rank: u32,
+    /// In a shell's numbers.
+    code: i32,
+    /// The signal that ended it.
+    signal: Option<Signal>,
+    how: String,
 }
 
 /// Starts `command` (program, arguments) as `world_size` ranks and returns when all have ended. `name` is what the ranks
@@ -229,13 +249,14 @@ impl<'a> Job<'a> {
     fn run(&mut self) -> Result<Outcome> {
         while self.ranks.0.iter().any(|rank| rank.running) {
             let now = Instant::now();
-            if self.ending.as_ref().is_some_and(|ending| now >= ending.kill_at) {
+            if let Some(ending) = self.ending.as_mut().filter(|ending| now >= ending.kill_at) {
+                ending.has_killed = true;
                 self.signal_all(Signal::KILL);
             }
             if let (None, Some(timeout)) = (&self.ending, self.options.timeout)
                 && self.start.elapsed() >= timeout
             {
-                self.fail(TIMED_OUT, format!("the job did not end within {} s", timeout.as_secs_f64()));
+                self.fail(TIMED_OUT, format!("the job did not end within {} s", timeout.as_secs_f64()), false);
             }
             self.turn(self.next_deadline())?;
         }
@@ -319,17 +340,20 @@ impl<'a> Job<'a> {
 
     /// Notes how ranks ended; the first that failed ends the job.
     fn bury(&mut self, ended: &[usize]) {
-        let mut ends: Vec<(u32, i32, String)> = Vec::new();
-        for index in ended {
-            let rank = &mut self.ranks.0[*index];
-            let (code, how) = rank.reap();
-            ends.push((rank.rank, code, format!("rank {} (pid {}) {how}", rank.rank, rank.pid.as_raw_nonzero())));
-        }
+        let mut ends: Vec<End> = ended.iter().map(|index| self.ranks.0[*index].reap()).collect();
         // Of several that ended together a killed one is the cause, and the others' errors are its consequence.
-        ends.sort_by_key(|(rank, code, _)| (*code <= 128, *rank));
-        for (_, code, how) in ends.into_iter().filter(|(_, code, _)| *code != 0) {
-            match &self.ending {
-                None => self.fail(code, how),
+        ends.sort_by_key(|end| (end.signal.is_none(), end.rank));
+        for End { code, signal, how, .. } in ends.into_iter().filter(|end| end.code != 0) {
+            match &mut self.ending {
+                None => self.fail(code, how, signal.is_none()),
+                // Killed, and not by the launcher: what the rank before it reported was the consequence.
+                Some(Ending { may_be_consequence, has_killed, .. })
+                    if *may_be_consequence
+                        && signal.is_some_and(|by| by != Signal::TERM && !(*has_killed && by == Signal::KILL)) =>
+                {
+                    *may_be_consequence = false;
+                    self.outcome = Outcome { code, failure: Some(how) };
+                }
                 // A rank that ends as it was asked to, by a signal or an error of its own, gives the code; the failure
                 // that was the cause stays if there was one.
                 Some(_) if self.outcome.code == 0 => self.outcome.code = code,
@@ -338,9 +362,10 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn fail(&mut self, code: i32, failure: String) {
+    fn fail(&mut self, code: i32, failure: String, may_be_consequence: bool) {
         self.outcome = Outcome { code, failure: Some(failure) };
-        self.ending = Some(Ending { kill_at: Instant::now() + FAILURE_GRACE.min(self.options.grace) });
+        let kill_at = Instant::now() + FAILURE_GRACE.min(self.options.grace);
+        self.ending = Some(Ending { kill_at, has_killed: false, may_be_consequence });
         self.signal_all(Signal::TERM);
     }
 
@@ -366,7 +391,8 @@ impl<'a> Job<'a> {
                     self.signal_all(if self.interrupts > 1 { Signal::KILL } else { ending });
                     let kill_at = Instant::now() + self.options.grace;
                     let before = self.ending.take().map_or(kill_at, |ending| ending.kill_at.min(kill_at));
-                    self.ending = Some(Ending { kill_at: before });
+                    // From here on ranks die of what the user has sent.
+                    self.ending = Some(Ending { kill_at: before, has_killed: false, may_be_consequence: false });
                 }
             }
         }
