@@ -150,12 +150,7 @@ impl Buffer {
     /// # Errors
     /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
     pub fn write<T: Element>(&mut self, elements: &[T], stream: &Stream) -> Result<()> {
-        self.check::<T>(elements.len())?;
-        stream.device().bind()?;
-        // SAFETY: the buffer has room for exactly these elements, and the exclusive borrow makes this its one writer on the
-        // host; who uses it on another stream has ordered the two by an event.
-        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, stream.raw()) };
-        stream.device().check("cuMemcpyHtoDAsync", copied)
+        self.view().write(elements, stream)
     }
 
     /// Waits for everything enqueued on `stream` and copies the buffer to the host.
@@ -163,13 +158,8 @@ impl Buffer {
     /// # Errors
     /// [`Error::DTypeMismatch`]; [`Error::Stream`] after `timeout`; what the device failed with.
     pub fn read<T: Element>(&self, stream: &Stream, timeout: Duration) -> Result<Vec<T>> {
-        self.check::<T>(self.len_elems)?;
-        // First with a deadline: the copy's own wait has none.
-        stream.synchronize(timeout)?;
         let mut elements = vec![T::zeroed(); self.len_elems];
-        // SAFETY: as many elements as the buffer has; the call returns when they have arrived.
-        let copied = unsafe { result::memcpy_dtoh_sync(&mut elements, self.address()) };
-        stream.device().check("cuMemcpyDtoH", copied)?;
+        self.view().read(&mut elements, stream, timeout)?;
         Ok(elements)
     }
 
@@ -204,24 +194,6 @@ impl Buffer {
     /// All of it, to hand to operations that are enqueued.
     pub fn view(&self) -> View {
         View { memory: Arc::clone(&self.memory), dtype: self.dtype, offset_elems: 0, len_elems: self.len_elems }
-    }
-
-    fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
-        if T::DTYPE != self.dtype {
-            return Err(Error::DTypeMismatch {
-                what: "buffer on the device".into(),
-                expected: self.dtype,
-                actual: T::DTYPE,
-            });
-        }
-        if len_elems != self.len_elems {
-            return Err(Error::LengthMismatch {
-                what: "buffer on the device".into(),
-                expected_elems: self.len_elems,
-                actual_elems: len_elems,
-            });
-        }
-        Ok(())
     }
 }
 
@@ -296,6 +268,84 @@ impl View {
     /// Of registered memory, the first element's offset in the arena.
     pub fn arena_offset_bytes(&self) -> Option<usize> {
         Some(self.memory.arena_offset_bytes()? + self.offset_elems * self.dtype.size_bytes())
+    }
+
+    /// As [`Buffer::write`].
+    ///
+    /// # Errors
+    /// As [`Buffer::write`].
+    pub fn write<T: Element>(&self, elements: &[T], stream: &Stream) -> Result<()> {
+        self.check::<T>(elements.len())?;
+        stream.device().bind()?;
+        // SAFETY: the memory has room for exactly these elements and lives as long as the view, which the driver does not
+        // need beyond the call: freeing device memory waits for what uses it.
+        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, stream.raw()) };
+        stream.device().check("cuMemcpyHtoDAsync", copied)
+    }
+
+    /// Waits for everything enqueued on `stream` and copies all elements to `elements`.
+    ///
+    /// # Errors
+    /// As [`Buffer::read`]; [`Error::LengthMismatch`].
+    pub fn read<T: Element>(&self, elements: &mut [T], stream: &Stream, timeout: Duration) -> Result<()> {
+        self.check::<T>(elements.len())?;
+        // First with a deadline: the copy's own wait has none.
+        stream.synchronize(timeout)?;
+        // SAFETY: as many elements as the view has; the call returns when they have arrived.
+        let copied = unsafe { result::memcpy_dtoh_sync(elements, self.address()) };
+        stream.device().check("cuMemcpyDtoH", copied)
+    }
+
+    /// Copies `src` in the order of `stream`, on the device.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
+    pub fn copy_from(&self, src: &View, stream: &Stream) -> Result<()> {
+        self.check_like(src.dtype, src.len_elems)?;
+        if self.is_empty() {
+            return Ok(());
+        }
+        stream.device().bind()?;
+        // SAFETY: both are of this many bytes.
+        let copied =
+            unsafe { result::memcpy_dtod_async(self.address(), src.address(), self.len_bytes(), stream.raw()) };
+        stream.device().check("cuMemcpyDtoDAsync", copied)
+    }
+
+    /// Makes all bytes zero in the order of `stream`.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn zero(&self, stream: &Stream) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        stream.device().bind()?;
+        // SAFETY: the whole of the view.
+        let zeroed = unsafe { result::memset_d8_async(self.address(), 0, self.len_bytes(), stream.raw()) };
+        stream.device().check("cuMemsetD8Async", zeroed)
+    }
+
+    fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
+        self.check_like(T::DTYPE, len_elems)
+    }
+
+    fn check_like(&self, dtype: DType, len_elems: usize) -> Result<()> {
+        if dtype != self.dtype {
+            return Err(Error::DTypeMismatch {
+                what: "buffer on the device".into(),
+                expected: self.dtype,
+                actual: dtype,
+            });
+        }
+        if len_elems != self.len_elems {
+            return Err(Error::LengthMismatch {
+                what: "buffer on the device".into(),
+                expected_elems: self.len_elems,
+                actual_elems: len_elems,
+            });
+        }
+        Ok(())
     }
 }
 
