@@ -286,6 +286,16 @@ pub enum Error {
         reason: String,
     },
 
+    /// The NVIDIA management library is missing or refused a call. It only shows: nothing but telemetry and the order of
+    /// ranks depends on it.
+    #[error("the NVIDIA management library (libnvidia-ml.so.1, a part of the driver): {operation}: {reason}")]
+    Management {
+        /// What was tried.
+        operation: &'static str,
+        /// The library's words, or the loader's.
+        reason: String,
+    },
+
     // ---- strategy --------------------------------------------------------------------------------------------------
     /// A module or optimizer was set up twice.
     #[error("{what} is already set up with a strategy")]

@@ -25,7 +25,7 @@
 //! | [`collective`] | all-reduce and its kin, their numeric contract, agreement before payload |
 //! | [`ops`] | norm, clip, casts, loss scaling, optimizers on slices |
 //! | [`strategy`] | what overlaps with what: the training loop, bucket by bucket |
-//! | [`telemetry`] | timelines |
+//! | [`telemetry`] | timelines, links between GPUs |
 //!
 //! Begin with [`strategy`]; a trainer that brings its own loop begins with [`collective`].
 
