@@ -14,7 +14,7 @@ use std::mem::{offset_of, size_of};
 use bytemuck::{Pod, Zeroable};
 
 use crate::dtype::{DType, ReduceOp};
-use crate::schedule::{Action, Algorithm, Collective, Phase, Schedule};
+use crate::schedule::{Action, Algorithm, Blocks, Collective, Phase, Schedule};
 
 /// Most ranks of one cooperative grid.
 pub const MAX_RANKS_IN_GRID: usize = 8;
@@ -76,14 +76,19 @@ pub struct Progress {
     pub taken: u32,
 }
 
-/// A rank's part of the vector.
+/// Where the owners' shards are: that of owner `o` is the blocks `b(o)..b(o + 1)` with
+/// `b(o) = o * blocks_per_shard + min(o, extra_blocks)`, as far as the vector goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable, Pod)]
 #[repr(C)]
-pub struct Shard {
-    /// First element.
-    pub offset_elems: u64,
-    /// Number of elements.
+pub struct Shards {
+    /// Elements of the vector.
     pub len_elems: u64,
+    /// Elements of a block.
+    pub block_elems: u64,
+    /// Blocks that every owner has.
+    pub blocks_per_shard: u64,
+    /// The number of leading owners that have one more.
+    pub extra_blocks: u64,
 }
 
 /// What a step moves.
@@ -114,7 +119,7 @@ pub struct Step {
     pub recv_peer: u8,
     /// Who receives, or [`NOBODY`].
     pub send_peer: u8,
-    /// The chunk, by its owner.
+    /// The chunk, by its owner; 0 in a broadcast.
     pub chunk: u8,
     /// Code of a [`Source`].
     pub source: u8,
@@ -236,6 +241,8 @@ pub struct RankArguments {
     pub abort: u64,
     /// `[channels]` [`FaultRecord`].
     pub faults: u64,
+    /// u32, host-visible: operations finished, written last; or 0.
+    pub finished: u64,
     /// `[channels]` f64 of the kernel's own; or 0: no sum of squares.
     pub squares: u64,
     /// f64: the sum of squares of the elements that this rank finished, from the sums before they are narrowed.
@@ -248,14 +255,14 @@ pub struct RankArguments {
     pub rank: u32,
 }
 
-const _: () = assert!(size_of::<RankArguments>() == 96 && offset_of!(RankArguments, len_steps) == 88);
+const _: () = assert!(size_of::<RankArguments>() == 104 && offset_of!(RankArguments, len_steps) == 96);
 
 /// The argument of `collective_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Zeroable, Pod)]
 #[repr(C)]
 pub struct CollectiveArguments {
-    /// `[world_size]` [`Shard`].
-    pub shards: u64,
+    /// Where the shards are.
+    pub shards: Shards,
     /// Rounds of the schedule.
     pub rounds: u64,
     /// Elements of a shard that a round moves.
@@ -288,7 +295,7 @@ pub struct CollectiveArguments {
     pub ranks: [RankArguments; MAX_RANKS_IN_GRID],
 }
 
-const _: () = assert!(offset_of!(CollectiveArguments, ranks) == 88 && size_of::<CollectiveArguments>() == 856);
+const _: () = assert!(offset_of!(CollectiveArguments, ranks) == 112 && size_of::<CollectiveArguments>() == 944);
 
 /// Name of the entry for elements of `dtype`.
 pub const fn collective_entry(dtype: DType) -> &'static str {
@@ -329,18 +336,25 @@ pub fn slot_bytes(piece_elems: u64, wire_bytes: usize, protocol: Protocol) -> Op
     }
 }
 
-/// The shards of `schedule`, by rank.
-pub fn shards(schedule: &Schedule) -> Vec<Shard> {
-    let shard = |rank| schedule.shard(rank);
-    (0..schedule.world_size())
-        .map(|rank| Shard { offset_elems: shard(rank).offset_elems as u64, len_elems: shard(rank).len_elems as u64 })
-        .collect()
+/// The shards of `schedule`. Of a broadcast there is one, which step tables call chunk 0.
+pub fn shards(schedule: &Schedule) -> Shards {
+    let blocks = match schedule.collective() {
+        Collective::Broadcast { .. } => Blocks { block_elems: schedule.len_elems(), per_shard: 1, extra: 0 },
+        _ => schedule.blocks(),
+    };
+    Shards {
+        len_elems: schedule.len_elems() as u64,
+        block_elems: blocks.block_elems as u64,
+        blocks_per_shard: blocks.per_shard as u64,
+        extra_blocks: blocks.extra as u64,
+    }
 }
 
 /// The step table of `rank`: what it does in every round of `schedule`. Empty if there is no such rank or no round.
 pub fn steps(schedule: &Schedule, rank: u32) -> Vec<Step> {
     let (collective, algorithm) = (schedule.collective(), schedule.algorithm());
     let reduces = matches!(collective, Collective::AllReduce | Collective::ReduceScatter);
+    let is_broadcast = matches!(collective, Collective::Broadcast { .. });
     let mut table: Vec<Step> = Vec::new();
     // Moving the own data is no step of the schedule: the first send of the own chunk does it, or an entry of its own.
     let mut own_to_place = match collective {
@@ -352,7 +366,7 @@ pub fn steps(schedule: &Schedule, rank: u32) -> Vec<Step> {
         let entry = |chunk: u32, source: Source| Step {
             recv_peer: NOBODY,
             send_peer: NOBODY,
-            chunk: chunk as u8,
+            chunk: if is_broadcast { 0 } else { chunk as u8 },
             source: source as u8,
             to_output: 0,
             phase: step.phase as u8,
@@ -361,7 +375,9 @@ pub fn steps(schedule: &Schedule, rank: u32) -> Vec<Step> {
         if let Some(send) = step.send {
             let peer = send.peer as u8;
             match table.last_mut() {
-                Some(last) if last.recv_peer != NOBODY && u32::from(last.chunk) == send.chunk => last.send_peer = peer,
+                Some(last) if last.recv_peer != NOBODY && (is_broadcast || u32::from(last.chunk) == send.chunk) => {
+                    last.send_peer = peer;
+                }
                 _ => {
                     let source = match (step.phase, algorithm) {
                         (Phase::ReduceScatter, Algorithm::Ring) => Source::Start,
@@ -388,7 +404,7 @@ pub fn steps(schedule: &Schedule, rank: u32) -> Vec<Step> {
         table.push(Step {
             recv_peer: NOBODY,
             send_peer: NOBODY,
-            chunk: rank as u8,
+            chunk: if is_broadcast { 0 } else { rank as u8 },
             source: Source::Input as u8,
             to_output: 1,
             phase: phase as u8,

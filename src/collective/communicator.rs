@@ -66,30 +66,9 @@ impl Communicator {
     /// [`Error::InvalidArgument`] on every rank if the world's group areas are used up; [`Error::NoSpace`] on a rank that
     /// gets no memory and [`Error::RankFailed`] on the others; the world's fault.
     pub fn new(world: &World, options: CollectiveOptions) -> Result<Communicator> {
-        let timeout = world.options().timeout;
-        let claimed = (world.rank() == 0).then(|| world.claim_group());
-        let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
-        let Some(index) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
-            return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
-        };
-        let region = world.group_area(index);
-        let trouble = region.as_ref().err().map(Error::to_string).unwrap_or_default();
-        let troubles = world.all_gather_bytes(trouble.as_bytes(), timeout)?;
-        let first = troubles.iter().zip(0..).find(|(trouble, _)| !trouble.is_empty());
-        match (region, first) {
-            (Ok(region), None) => {
-                let members = (0..world.world_size()).collect();
-                Ok(Communicator::over(world.clone(), index, region, world.rank(), members, options))
-            }
-            (region, first) => {
-                if world.rank() == 0 {
-                    world.release_group(index)?; // nobody has used it
-                }
-                let (reason, rank) =
-                    first.map_or((Default::default(), 0), |(text, rank)| (String::from_utf8_lossy(text), rank));
-                Err(region.err().unwrap_or_else(|| Error::RankFailed { rank, reason: reason.into_owned() }))
-            }
-        }
+        let (index, region) = claim_area(world)?;
+        let members = (0..world.world_size()).collect();
+        Ok(Communicator::over(world.clone(), index, region, world.rank(), members, options))
     }
 
     fn over(
@@ -447,6 +426,31 @@ impl Drop for Group {
 
 fn one(buffer: &Buffer) -> Held<'_> {
     [Some(buffer.memory()), None]
+}
+
+/// A group area for all ranks of `world`, with its memory, on every rank or on none. Collective.
+pub(super) fn claim_area(world: &World) -> Result<(u32, Region)> {
+    let timeout = world.options().timeout;
+    let claimed = (world.rank() == 0).then(|| world.claim_group());
+    let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
+    let Some(index) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
+        return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
+    };
+    let region = world.group_area(index);
+    let trouble = region.as_ref().err().map(Error::to_string).unwrap_or_default();
+    let troubles = world.all_gather_bytes(trouble.as_bytes(), timeout)?;
+    let first = troubles.iter().zip(0..).find(|(trouble, _)| !trouble.is_empty());
+    match (region, first) {
+        (Ok(region), None) => Ok((index, region)),
+        (region, first) => {
+            if world.rank() == 0 {
+                world.release_group(index)?; // nobody has used it
+            }
+            let (reason, rank) =
+                first.map_or((Default::default(), 0), |(text, rank)| (String::from_utf8_lossy(text), rank));
+            Err(region.err().unwrap_or_else(|| Error::RankFailed { rank, reason: reason.into_owned() }))
+        }
+    }
 }
 
 fn no_area() -> Error {

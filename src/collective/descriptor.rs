@@ -111,6 +111,13 @@ impl Descriptor {
         }
     }
 
+    /// Of everything but the sequence: equal for operations that can run together. Any two that differ in one field differ.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub(super) fn hash(&self) -> u32 {
+        let of_anything = Descriptor { sequence: 0, ..*self };
+        crc32fast::hash(bytemuck::bytes_of(&of_anything))
+    }
+
     pub(super) fn kind(&self) -> Kind {
         Kind::from_code(self.kind).unwrap_or(Kind::Barrier)
     }

@@ -20,6 +20,8 @@
 mod area;
 mod combine;
 mod communicator;
+#[cfg(all(feature = "cuda", not(loom)))]
+pub mod cuda;
 mod descriptor;
 mod executor;
 #[cfg(target_arch = "x86_64")]

@@ -151,6 +151,17 @@ impl Span {
     }
 }
 
+/// How a vector is cut into shards: of whole blocks, of which the first shards have one more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocks {
+    /// Elements of a block; the vector's last one may be shorter.
+    pub block_elems: usize,
+    /// Blocks of every shard.
+    pub per_shard: usize,
+    /// Leading shards that have one more.
+    pub extra: usize,
+}
+
 /// One chunk on its way between this rank and `peer`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Transfer {
@@ -292,6 +303,11 @@ impl Schedule {
             _ => (self.shard_begin(owner as usize), self.shard_begin(owner as usize + 1)),
         };
         Span { offset_elems: begin, len_elems: end - begin }
+    }
+
+    /// The blocks that shards are made of; of a broadcast, whose root owns everything, without meaning.
+    pub const fn blocks(&self) -> Blocks {
+        Blocks { block_elems: self.block_elems, per_shard: self.blocks_per_shard, extra: self.shards_with_extra_block }
     }
 
     /// Number of rounds; 0 for an empty vector.

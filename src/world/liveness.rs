@@ -121,6 +121,7 @@ impl Watch {
             if Instant::now() >= next_beat {
                 self.core.board.beat(self.core.rank);
                 self.listen();
+                self.core.visit_outposts();
                 next_beat = Instant::now() + BEAT;
             }
             match self.look(next_beat) {

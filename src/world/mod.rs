@@ -5,6 +5,7 @@
 //!   meeting, frame, rendezvous   sockets, users checked, descriptors handed over
 //!   segment, memory, board       shared memory without names: control page, arenas
 //!   fault, liveness              the first error of the job, for every rank; who is still alive
+//!   outpost                      kernels that wait for peers: they fail the job, and end with it
 //!   flag                         post and wait
 //!   control, recorder            barrier, broadcast, decisions; what everybody did last
 //!   launch                       ranks as threads, ranks as child processes
@@ -21,6 +22,7 @@ pub mod launch;
 mod liveness;
 mod meeting;
 pub(crate) mod memory;
+mod outpost;
 mod recorder;
 mod rendezvous;
 mod segment;
@@ -34,6 +36,7 @@ pub use arena::ArenaRange;
 pub use board::{GROUP_AREA_BYTES, MAX_GROUPS, MAX_RANKS, Region};
 pub use control::GATHER_LIMIT_BYTES;
 pub use environment::{Environment, Launcher};
+pub(crate) use outpost::Outpost;
 pub use recorder::{Record, RecordId};
 pub use segment::Segment;
 
@@ -122,6 +125,8 @@ pub(crate) struct Core {
     order: Mutex<control::Order>,
     /// Whether this rank has told the fault in the log.
     told: AtomicBool,
+    /// Kernels of this rank that wait for peers.
+    outposts: outpost::Outposts,
 }
 
 impl World {
@@ -167,6 +172,7 @@ impl World {
             arenas: met.arenas,
             order: Mutex::default(),
             told: AtomicBool::new(false),
+            outposts: outpost::Outposts::default(),
             options,
         });
         let monitor = match (world_size, &lifeline) {
@@ -346,6 +352,7 @@ impl Core {
 
     fn raise(&self, error: Error) -> Error {
         self.board.fault_cell().raise(self.rank, &error);
+        self.outposts.abort();
         self.told_fault().unwrap_or(error)
     }
 

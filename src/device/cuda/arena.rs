@@ -268,10 +268,17 @@ impl PeerArena {
         Ok(PeerArena { memory, len_bytes })
     }
 
-    /// The arena of a rank in this process, by its own address. Kernels of another device also need
-    /// [`Device::enable_peer`](super::Device::enable_peer).
-    pub fn of_this_process(arena: &Arena) -> PeerArena {
-        PeerArena { memory: PeerMemory::Same(arena.clone()), len_bytes: arena.len_bytes() }
+    /// The arena of a rank in this process, by its own address, for the kernels of `device`.
+    ///
+    /// # Errors
+    /// What the driver says: that the devices are no peers.
+    pub fn of_this_process(device: &Device, arena: &Arena) -> Result<PeerArena> {
+        match &arena.0.block {
+            Block::Legacy { device: owner, .. } => device.enable_peer(owner)?,
+            // Peer access that is enabled does not reach mappings (CUDA Driver API, `cuMemSetAccess`).
+            Block::Virtual(block) => block.allow(device)?,
+        }
+        Ok(PeerArena { memory: PeerMemory::Same(arena.clone()), len_bytes: arena.len_bytes() })
     }
 
     /// The address at which kernels here find the `len_bytes` bytes at `offset_bytes` of the peer's arena.
@@ -391,14 +398,19 @@ impl VirtualBlock {
         let mapped = unsafe { sys::cuMemMap(block.address, len_bytes, 0, handle, 0) }.result();
         block.device.check("cuMemMap", mapped)?;
         block.is_mapped = true;
+        block.allow(&block.device)?;
+        Ok(block)
+    }
+
+    /// Lets kernels of `device` in.
+    fn allow(&self, device: &Device) -> Result<()> {
         let access = sys::CUmemAccessDesc {
-            location: location(&block.device),
+            location: location(device),
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
-        // SAFETY: one description, of the range that was mapped just now.
-        let opened = unsafe { sys::cuMemSetAccess(block.address, len_bytes, &access, 1) }.result();
-        block.device.check("cuMemSetAccess", opened)?;
-        Ok(block)
+        // SAFETY: one description, of the whole range, which is mapped.
+        let opened = unsafe { sys::cuMemSetAccess(self.address, self.len_bytes, &access, 1) }.result();
+        device.check("cuMemSetAccess", opened)
     }
 
     fn export(&self) -> Result<OwnedFd> {

@@ -25,6 +25,7 @@ mod fault;
 mod modules;
 mod peers;
 mod probe;
+mod registered;
 mod stream;
 mod wait;
 
@@ -36,4 +37,5 @@ pub use event::Event;
 pub use modules::{Kernels, Shape};
 pub use peers::PeerAccess;
 pub use probe::{Link, ProbeArea, probe_pair};
+pub use registered::HostRange;
 pub use stream::{Priority, Stream};

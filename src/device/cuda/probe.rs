@@ -63,6 +63,9 @@ pub struct ProbeArea {
 }
 
 impl ProbeArea {
+    /// What it takes of an arena.
+    pub const LEN_BYTES: usize = AREA_WORDS * WORD_BYTES;
+
     /// Takes 64 KiB of `arena`, which must be fresh: flags begin at 0.
     ///
     /// # Errors
@@ -150,7 +153,6 @@ pub fn probe_pair(devices: [&Kernels; 2], timeout: Duration) -> Result<Link> {
         if from.peer_access(to)? == PeerAccess::None {
             return Ok(Link::NoAccess);
         }
-        from.enable_peer(to)?;
     }
     let side = |device: &Device| -> Result<(Arena, ProbeArea, Stream)> {
         let arena = Arena::new(device, AREA_WORDS * WORD_BYTES, Sharing::Handle)?;
@@ -159,7 +161,7 @@ pub fn probe_pair(devices: [&Kernels; 2], timeout: Duration) -> Result<Link> {
     };
     let mut sides = [side(first)?, side(second)?];
     for index in [0, 1] {
-        let peer = PeerArena::of_this_process(&sides[1 - index].0);
+        let peer = PeerArena::of_this_process(devices[index].device(), &sides[1 - index].0)?;
         let peer_offset_bytes = sides[1 - index].1.offset_bytes();
         let (_, area, stream) = &mut sides[index];
         let ranks = (index as u32, 1 - index as u32);

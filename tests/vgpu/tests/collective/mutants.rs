@@ -16,8 +16,8 @@
 //! | word of device scope | race | - |
 //! | weak look at a word | race | - |
 //! | last block without order | race | - |
-//! | no credit | race | record |
-//! | credit before use | race | result |
+//! | no credit | race | result |
+//! | credit before use | race | record |
 //! | flag before data | race | result |
 //! | wait for the transfer before | race | result |
 //! | no barrier after the wait | race | result |
@@ -102,8 +102,8 @@ const MUTANTS: [Mutant; 21] = [
     text("word of device scope", "st.relaxed.sys.global.u64", "st.relaxed.gpu.global.u64", By::Race, By::Nothing),
     text("weak look at a word", "ld.relaxed.sys.global.u64", "ld.global.u64", By::Race, By::Nothing),
     text("last block without order", "atom.acq_rel.gpu.", "atom.relaxed.gpu.", By::Race, By::Nothing),
-    variant("no credit", 1, By::Race, By::Record),
-    variant("credit before use", 2, By::Race, By::Result),
+    variant("no credit", 1, By::Race, By::Result),
+    variant("credit before use", 2, By::Race, By::Record),
     variant("flag before data", 3, By::Race, By::Result),
     variant("wait for the transfer before", 4, By::Race, By::Result),
     variant("no barrier after the wait", 5, By::Race, By::Result),

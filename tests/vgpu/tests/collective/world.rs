@@ -1,8 +1,8 @@
 //! Ranks on virtual devices, their links and memory, and one operation on all of them under the race detector.
 
 use annulus::abi::collective::{
-    CollectiveArguments, FLAG_STRIDE_BYTES, FaultRecord, Link, Progress, Protocol, RankArguments, RankState, Shard,
-    Step, collective_entry, piece_elems, reduce_code, shards, slot_bytes, steps,
+    CollectiveArguments, FLAG_STRIDE_BYTES, FaultRecord, Link, Progress, Protocol, RankArguments, RankState, Step,
+    collective_entry, piece_elems, reduce_code, shards, slot_bytes, steps,
 };
 use annulus::schedule::{Algorithm, Collective, Schedule};
 use annulus::{Element, ReduceOp};
@@ -185,7 +185,6 @@ impl World {
         let wire_bytes = if T::DTYPE.is_half() && !operation.native_partials { 4 } else { size_of::<T>() };
         assert!(slot_bytes(piece_elems, wire_bytes, shape.protocol).unwrap() <= shape.slot_bytes);
         let table: Vec<Step> = steps(&schedule, rank);
-        let shards: Vec<Shard> = shards(&schedule);
         let factor = if let ReduceOp::PremulSum(factor) = operation.op { factor } else { 0.0 };
         // Shards alone lie where their vector would have them.
         let shard_bytes = schedule.shard(rank).offset_elems as u64 * size_of::<T>() as u64;
@@ -197,7 +196,7 @@ impl World {
             output = output.wrapping_sub(shard_bytes);
         }
         let mut arguments = CollectiveArguments {
-            shards: self.alloc(&shards),
+            shards: shards(&schedule),
             rounds: schedule.rounds(),
             round_elems: operation.round_elems as u64,
             piece_elems,
@@ -223,6 +222,7 @@ impl World {
             state: self.states[rank as usize],
             abort: self.aborts[rank as usize],
             faults: self.faults[rank as usize],
+            finished: 0,
             squares: epilogue.squares,
             sum_squares: epilogue.sum_squares,
             found_nonfinite: epilogue.found_nonfinite,

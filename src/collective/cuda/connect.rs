@@ -1,0 +1,382 @@
+//! How ranks come to write into each other's staging.
+//!
+//! ```text
+//!   tell       device, channels wanted                          every rank
+//!   offer      own staging, zeroed, by descriptor | handle | in this process
+//!   open       every peer's                                     a pair that cannot on both sides goes over the host
+//!   probe      every pair that could, in rounds of disjoint pairs; a pair that loses a word goes over the host
+//! ```
+//! Every phase ends with all ranks knowing whether all of them got through it, so a communicator is made on every rank or on
+//! none.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::geometry::{Geometry, PAGE_BYTES};
+use crate::abi::collective::{Link as Addresses, Progress, Protocol};
+use crate::device::cuda::{
+    Arena, Buffer, Device, Exported, HostRange, Kernels, Link, PeerAccess, PeerArena, Priority, ProbeArea, Sharing,
+    Stream, Token, Uuid,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::world::{GROUP_AREA_BYTES, Launcher, Region, World};
+use bytemuck::Zeroable;
+
+/// How long one side of a probe waits for the other, which starts it at the same time.
+const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How bytes get from one rank to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// The peer's device memory, written by kernels here: `Link::Sound`.
+    Device,
+    /// Memory of the host that both devices reach, because of what the probe found.
+    Host(Link),
+}
+
+/// Everything that a rank's kernels need to reach the others.
+pub(super) struct Connection {
+    pub(super) geometry: Geometry,
+    /// By rank; the own is `None`.
+    pub(super) transports: Vec<Option<Transport>>,
+    /// `[world_size]` [`Addresses`] of either protocol.
+    pub(super) links: [Buffer; 2],
+    /// Counters, which only the own kernels touch.
+    _progress: Buffer,
+    // Memory of others, of the host, and at last what others write.
+    _peers: Vec<Option<PeerArena>>,
+    _host: Option<HostRange>,
+    _staging: Option<Arena>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Hello {
+    uuid: [u8; 16],
+    channels: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Offer {
+    len_bytes: usize,
+    /// Where the arena holds the area to probe with, by peer.
+    probes: Vec<usize>,
+    token: Offered,
+}
+
+/// Never printed: a handle is a right.
+#[derive(Serialize, Deserialize)]
+enum Offered {
+    Here(u64),
+    Handle(Vec<u8>),
+}
+
+/// Every rank's `value`, in rank order.
+fn gather<T: Serialize + DeserializeOwned>(world: &World, value: &T, timeout: Duration) -> Result<Vec<T>> {
+    let unreadable = |error: serde_json::Error| {
+        let reason = format!("setting up a communicator on the device: {error}");
+        world.raise(Error::RankFailed { rank: world.rank(), reason })
+    };
+    let bytes = serde_json::to_vec(value).map_err(unreadable)?;
+    let all = world.all_gather_bytes(&bytes, timeout)?;
+    all.iter().map(|bytes| serde_json::from_slice(bytes).map_err(unreadable)).collect()
+}
+
+/// Turns one rank's failure into everybody's: the own error here, [`Error::RankFailed`] elsewhere.
+pub(super) fn together<T>(world: &World, result: Result<T>, timeout: Duration) -> Result<T> {
+    let trouble = result.as_ref().err().map(Error::to_string).unwrap_or_default();
+    let troubles = world.all_gather_bytes(trouble.as_bytes(), timeout)?;
+    let value = result?;
+    match troubles.iter().zip(0..).find(|(trouble, _)| !trouble.is_empty()) {
+        None => Ok(value),
+        Some((trouble, rank)) => Err(Error::RankFailed { rank, reason: String::from_utf8_lossy(trouble).into_owned() }),
+    }
+}
+
+// ---- arenas of ranks that are threads of this process ----------------------------------------------------------------
+
+/// Arenas on offer in this process, by number.
+static ON_OFFER: Mutex<(u64, Option<HashMap<u64, Arena>>)> = Mutex::new((0, None));
+
+/// An arena on offer, until it is dropped.
+struct OnOffer(u64);
+
+impl OnOffer {
+    fn new(arena: &Arena) -> OnOffer {
+        let mut offers = ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner);
+        offers.0 += 1;
+        let number = offers.0;
+        offers.1.get_or_insert_default().insert(number, arena.clone());
+        OnOffer(number)
+    }
+
+    fn take_up(number: u64) -> Option<Arena> {
+        ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1.as_ref()?.get(&number).cloned()
+    }
+}
+
+impl Drop for OnOffer {
+    fn drop(&mut self) {
+        if let Some(offers) = &mut ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1 {
+            offers.remove(&self.0);
+        }
+    }
+}
+
+// ---- the phases ------------------------------------------------------------------------------------------------------
+
+/// The place where a rank meets the others.
+pub(super) struct Meeting<'a> {
+    pub(super) world: &'a World,
+    pub(super) region: Region,
+    pub(super) device: &'a Device,
+    pub(super) kernels: &'a Kernels,
+    pub(super) channels: Option<u32>,
+    pub(super) sharing: Sharing,
+    pub(super) timeout: Duration,
+}
+
+/// Own staging on the device, and what it is probed with.
+struct Staging {
+    arena: Arena,
+    areas: Vec<ProbeArea>,
+}
+
+impl Meeting<'_> {
+    fn ranks(&self) -> std::ops::Range<u32> {
+        0..self.world.world_size()
+    }
+
+    pub(super) fn connect(&self) -> Result<Connection> {
+        let geometry = self.tell()?;
+        if self.world.world_size() == 1 {
+            return self.link(geometry, Vec::new(), None, None);
+        }
+        let staging = together(self.world, self.stage(geometry), self.timeout)?;
+        let offer = together(self.world, self.offer(&staging), self.timeout)?;
+        let offers = gather(self.world, &offer.0, self.timeout)?;
+        let opened: Vec<_> = self.ranks().map(|peer| self.open(peer, &offers[peer as usize])).collect();
+        let transports = self.probe(&offers, &opened, staging.areas)?;
+        drop(offer);
+        let own = transports[self.world.rank() as usize].clone();
+        let needs_host = |all: &Vec<Option<Transport>>| all.iter().flatten().any(|t| matches!(t, Transport::Host(_)));
+        let host = if transports.iter().any(needs_host) { Some(self.register()) } else { None };
+        let host = together(self.world, host.transpose(), self.timeout)?;
+        let connection = self.link(geometry, own, Some((staging.arena, opened)), host);
+        together(self.world, connection, self.timeout)
+    }
+
+    /// Agrees on channels, and that every rank has a device of its own.
+    fn tell(&self) -> Result<Geometry> {
+        let multiprocessors = together(self.world, self.device.len_multiprocessors(), self.timeout)?;
+        let wanted = Geometry::on_device(multiprocessors, self.channels);
+        let hello = Hello { uuid: self.device.uuid().0, channels: wanted.channels };
+        let hellos = gather(self.world, &hello, self.timeout)?;
+        for (first, second) in self.ranks().flat_map(|second| (0..second).map(move |first| (first, second))) {
+            let uuid = hellos[first as usize].uuid;
+            if uuid == hellos[second as usize].uuid {
+                return Err(Error::InvalidArgument {
+                    argument: "devices of the ranks",
+                    value: format!("ranks {first} and {second} share {}", Uuid(uuid)),
+                    accepted: "every rank must have a device of its own",
+                });
+            }
+        }
+        let channels = hellos.iter().map(|hello| hello.channels).min().unwrap_or(1).max(1);
+        Ok(wanted.with_channels(channels))
+    }
+
+    /// One block of staging for every rank (the own stays unused), then an area to probe with for every rank.
+    fn stage(&self, geometry: Geometry) -> Result<Staging> {
+        let world_size = self.world.world_size() as usize;
+        let staging_bytes = usize::try_from(geometry.peer_bytes()).ok().and_then(|one| one.checked_mul(world_size));
+        let len_bytes = staging_bytes.and_then(|all| all.checked_add(world_size * ProbeArea::LEN_BYTES));
+        let len_bytes = len_bytes.ok_or_else(|| Error::SizeOverflow {
+            what: "staging of a communicator",
+            detail: format!("{} bytes for each of {world_size} ranks", geometry.peer_bytes()),
+        })?;
+        let arena = Arena::new(self.device, len_bytes, self.sharing)?;
+        let staging = arena.alloc(DType::U8, staging_bytes.unwrap_or(0))?;
+        debug_assert_eq!(staging.arena_offset_bytes(), Some(0), "the first range of an arena");
+        let areas = self.ranks().map(|_| ProbeArea::new(&arena)).collect::<Result<_>>()?;
+        Ok(Staging { arena, areas })
+    }
+
+    fn offer(&self, staging: &Staging) -> Result<(Offer, Option<OnOffer>)> {
+        let probes = staging.areas.iter().map(ProbeArea::offset_bytes).collect();
+        let len_bytes = staging.arena.len_bytes();
+        if self.world.environment().launcher == Launcher::Threads {
+            let here = OnOffer::new(&staging.arena);
+            return Ok((Offer { len_bytes, probes, token: Offered::Here(here.0) }, Some(here)));
+        }
+        let token = match staging.arena.export()?.token {
+            Token::Handle(handle) => Offered::Handle(handle.to_vec()),
+            Token::Descriptor(_) => Offered::Handle(Vec::new()),
+        };
+        Ok((Offer { len_bytes, probes, token }, None))
+    }
+
+    /// A peer's staging, or why it cannot be reached.
+    fn open(&self, peer: u32, offer: &Offer) -> Option<PeerArena> {
+        if peer == self.world.rank() {
+            return None;
+        }
+        let opened = match &offer.token {
+            Offered::Here(number) => self.take_up(*number),
+            Offered::Handle(handle) => self.map(handle, offer.len_bytes).map(Some),
+        };
+        opened.unwrap_or_else(|error| {
+            tracing::debug!(rank = self.world.rank(), peer, %error, "the peer's memory cannot be mapped");
+            None
+        })
+    }
+
+    fn take_up(&self, number: u64) -> Result<Option<PeerArena>> {
+        let Some(arena) = OnOffer::take_up(number) else { return Ok(None) };
+        if self.device.peer_access(arena.device())? == PeerAccess::None {
+            return Ok(None);
+        }
+        PeerArena::of_this_process(self.device, &arena).map(Some)
+    }
+
+    fn map(&self, handle: &[u8], len_bytes: usize) -> Result<PeerArena> {
+        let handle = handle.try_into().map_err(|_| Error::InvalidArgument {
+            argument: "a peer's handle",
+            value: format!("{} bytes", handle.len()),
+            accepted: "must be 64 bytes",
+        })?;
+        PeerArena::open(self.device, Exported { uuid: self.device.uuid(), len_bytes, token: Token::Handle(handle) })
+    }
+
+    /// The transport between any two ranks: `[rank][peer]`, the same on both sides.
+    fn probe(
+        &self,
+        offers: &[Offer],
+        opened: &[Option<PeerArena>],
+        mut areas: Vec<ProbeArea>,
+    ) -> Result<Vec<Vec<Option<Transport>>>> {
+        let (world, rank, world_size) = (self.world, self.world.rank(), self.world.world_size());
+        let reached: Vec<bool> = opened.iter().map(Option::is_some).collect();
+        let reached = gather(world, &reached, self.timeout)?;
+        let stream = together(world, Stream::new(self.device, "probe", Priority::High), self.timeout)?;
+        let mut found: Vec<Option<Link>> = self.ranks().map(|peer| (peer != rank).then_some(Link::NoAccess)).collect();
+        // In round k the ranks a and k - a are a pair.
+        for round in 0..world_size {
+            let peer = (round + world_size - rank) % world_size;
+            let both = reached[rank as usize][peer as usize] && reached[peer as usize][rank as usize];
+            let link = match &opened[peer as usize] {
+                Some(arena) if both => {
+                    let area = &mut areas[peer as usize];
+                    let theirs = offers[peer as usize].probes.get(rank as usize).copied().unwrap_or(usize::MAX);
+                    let started = area.start(self.kernels, &stream, arena, theirs, (rank, peer), PROBE_PATIENCE);
+                    started.and_then(|()| area.finish(&stream)).map(Some)
+                }
+                _ => Ok(None),
+            };
+            if let Some(link) = together(world, link, self.timeout.max(2 * PROBE_PATIENCE))? {
+                found[peer as usize] = Some(link);
+            }
+        }
+        let codes: Vec<Option<(u32, u64, u64)>> = found.iter().map(|link| link.map(encode)).collect();
+        let all = gather(world, &codes, self.timeout)?;
+        let pair = |a: usize, b: usize| -> Option<Transport> {
+            let [one, other] = [all[a].get(b)?.map(decode)?, all[b].get(a)?.map(decode)?];
+            Some(match (one, other) {
+                (Link::Sound, Link::Sound) => Transport::Device,
+                (Link::Sound, worse) | (worse, _) => Transport::Host(worse),
+            })
+        };
+        let world_size = world_size as usize;
+        Ok((0..world_size).map(|a| (0..world_size).map(|b| pair(a, b)).collect()).collect())
+    }
+
+    /// The group's area of the host, for the device.
+    fn register(&self) -> Result<HostRange> {
+        let Region { ptr, len_bytes } = self.region;
+        // SAFETY: the area is whole pages, reserved, and mapped as long as the world lives, which the range keeps.
+        unsafe { HostRange::register(self.device, ptr, len_bytes, Box::new(self.world.clone())) }
+    }
+
+    fn link(
+        &self,
+        geometry: Geometry,
+        transports: Vec<Option<Transport>>,
+        device: Option<(Arena, Vec<Option<PeerArena>>)>,
+        host: Option<HostRange>,
+    ) -> Result<Connection> {
+        let (rank, world_size) = (self.world.rank(), self.world.world_size());
+        let geometry = if host.is_some() { geometry.on_host(world_size) } else { geometry };
+        let peer_bytes = geometry.peer_bytes();
+        let one_progress = u64::from(geometry.channels) * size_of::<Progress>() as u64;
+        let progress_bytes = usize::try_from(2 * u64::from(world_size) * one_progress).unwrap_or(usize::MAX);
+        let progress = Buffer::zeroed(self.device, DType::U8, progress_bytes)?;
+        let (staging, peers) = device.map_or((None, Vec::new()), |(staging, peers)| (Some(staging), peers));
+        // What `owner` has for `writer`, as this rank sees it.
+        let block = |owner: u32, writer: u32, over_host: bool| -> Result<u64> {
+            let offset = u64::from(writer) * peer_bytes;
+            if over_host {
+                let base = host.as_ref().map_or(0, HostRange::address);
+                return Ok(base + (owner as usize * GROUP_AREA_BYTES + PAGE_BYTES) as u64 + offset);
+            }
+            if owner == rank {
+                return Ok(staging.as_ref().map_or(0, Arena::address) + offset);
+            }
+            let arena = peers.get(owner as usize).and_then(Option::as_ref);
+            arena.map_or(Ok(0), |arena| arena.address(offset as usize, peer_bytes as usize))
+        };
+        let link = |protocol: Protocol, peer: u32| -> Result<Addresses> {
+            let Some(transport) = transports.get(peer as usize).copied().flatten() else {
+                return Ok(Addresses::zeroed());
+            };
+            let over_host = matches!(transport, Transport::Host(_));
+            let [mine, theirs] = [block(rank, peer, over_host)?, block(peer, rank, over_host)?];
+            let number = u64::from(peer) * 2 + protocol as u64;
+            Ok(geometry.link(protocol, mine, theirs, progress.address() + number * one_progress))
+        };
+        let table = |protocol: Protocol| -> Result<Buffer> {
+            let links = (0..world_size).map(|peer| link(protocol, peer)).collect::<Result<Vec<_>>>()?;
+            upload(self.device, bytemuck::cast_slice(&links))
+        };
+        let links = [table(Protocol::Bulk)?, table(Protocol::Words)?];
+        Ok(Connection {
+            geometry,
+            transports,
+            links,
+            _progress: progress,
+            _peers: peers,
+            _host: host,
+            _staging: staging,
+        })
+    }
+}
+
+/// Bytes in a buffer of their own; there when the call returns.
+pub(super) fn upload(device: &Device, bytes: &[u8]) -> Result<Buffer> {
+    let mut buffer = Buffer::zeroed(device, DType::U8, bytes.len())?;
+    let stream = Stream::new(device, "setup", Priority::Normal)?;
+    buffer.write(bytes, &stream)?;
+    stream.synchronize(PROBE_PATIENCE)?;
+    Ok(buffer)
+}
+
+fn encode(link: Link) -> (u32, u64, u64) {
+    match link {
+        Link::Sound => (0, 0, 0),
+        Link::NoAccess => (1, 0, 0),
+        Link::Silent { waited_ms } => (2, waited_ms, 0),
+        Link::Corrupt { wrong_words, of_words } => (3, wrong_words.into(), of_words.into()),
+    }
+}
+
+fn decode((code, first, second): (u32, u64, u64)) -> Link {
+    match code {
+        0 => Link::Sound,
+        2 => Link::Silent { waited_ms: first },
+        3 => Link::Corrupt { wrong_words: first as u32, of_words: second as u32 },
+        _ => Link::NoAccess,
+    }
+}

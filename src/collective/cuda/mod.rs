@@ -1,0 +1,20 @@
+//! Collective operations between devices: the schedules of [`schedule`](crate::schedule), run by `kernels/collective.cu`.
+//!
+//! ```text
+//!   Communicator::new     ranks tell their devices, map each other's staging, probe every pair with data    (connect.rs)
+//!   all_reduce ..         descriptor -> schedule -> channels, protocol, pieces                              (geometry.rs)
+//!                         -> one launch, whose blocks greet, compare descriptors, and move                  (communicator.rs)
+//!   check                 what blocks that gave up have left in pinned memory, as errors                    (records.rs)
+//! ```
+//! The numeric contract is that of [`collective`](super), and so are agreement before payload and errors that poison.
+//! Nothing in an operation waits on the host, allocates, or differs from one issue to the next of the same operation, so it
+//! can be captured in a CUDA graph: counters live on the device.
+
+mod communicator;
+mod connect;
+mod geometry;
+mod page;
+mod records;
+
+pub use communicator::{Communicator, Options};
+pub use connect::Transport;

@@ -1,0 +1,59 @@
+//! What ranks tell each other on the host: the operations they issued, and that they have left. It lies at the begin of each
+//! rank's part of the group's area.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::geometry::PAGE_BYTES;
+use crate::collective::descriptor::Descriptor;
+use crate::world::{GROUP_AREA_BYTES, Region};
+
+/// Operations that are remembered. A stream takes about as many launches before the host waits.
+const REMEMBERED: usize = 1024;
+const WORDS: usize = size_of::<Descriptor>() / 8;
+
+#[repr(C, align(4096))]
+pub(super) struct Page {
+    /// Of the first rank's page only: ranks that have unmapped all memory of others.
+    pub(super) closed: AtomicU32,
+    /// Likewise: ranks that use the area no longer.
+    pub(super) departed: AtomicU32,
+    issued: [[AtomicU64; WORDS]; REMEMBERED],
+}
+
+const _: () = assert!(size_of::<Page>() <= PAGE_BYTES && size_of::<Descriptor>().is_multiple_of(8));
+
+impl Page {
+    /// The page of `rank` in a group's area.
+    ///
+    /// # Safety
+    /// The region is a group's area, reserved, of a world of more than `rank` ranks, and mapped as long as the result is
+    /// used.
+    pub(super) unsafe fn of<'a>(region: Region, rank: u32) -> &'a Page {
+        // SAFETY: areas are page-aligned and zeroed at first; a page is atomics, so any bytes are valid.
+        unsafe { region.ptr.add(rank as usize * GROUP_AREA_BYTES).cast::<Page>().as_ref() }
+    }
+
+    /// Remembers an operation. By the page's rank.
+    pub(super) fn remember(&self, descriptor: &Descriptor) {
+        let cell = &self.issued[descriptor.sequence as usize % REMEMBERED];
+        let words: [u64; WORDS] = bytemuck::cast(*descriptor);
+        // Relaxed: a reader knows by the hash whether it has read a whole one.
+        cell.iter().zip(words).for_each(|(cell, word)| cell.store(word, Ordering::Relaxed));
+    }
+
+    /// The operation of this hash that was issued last.
+    pub(super) fn find(&self, hash: u32) -> Option<Descriptor> {
+        let all = self.issued.iter().map(read).filter(|descriptor| descriptor.sequence > 0);
+        all.filter(|descriptor| descriptor.hash() == hash).max_by_key(|descriptor| descriptor.sequence)
+    }
+
+    /// The operation with this sequence number, as far as 32 bits tell.
+    pub(super) fn at(&self, sequence: u32) -> Option<Descriptor> {
+        let found = read(&self.issued[sequence as usize % REMEMBERED]);
+        (found.sequence > 0 && found.sequence as u32 == sequence).then_some(found)
+    }
+}
+
+fn read(cell: &[AtomicU64; WORDS]) -> Descriptor {
+    bytemuck::cast::<[u64; WORDS], _>(std::array::from_fn(|word| cell[word].load(Ordering::Relaxed)))
+}

@@ -1,0 +1,145 @@
+//! What a rank's kernels and its host say to each other while the kernels run, in pinned memory.
+//!
+//! ```text
+//!   host -> kernels   abort word: not 0 ends every wait
+//!   kernels -> host   operations finished;  [channel] fault record of a block that gave up
+//! ```
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::page::Page;
+use crate::abi::collective::{Awaited, FaultRecord, Reason};
+use crate::device::cuda::{Device, Pinned};
+use crate::error::{Error, Result};
+use crate::world::{Outpost, Region};
+
+const ABORT_AT: usize = 0;
+const FINISHED_AT: usize = 64;
+const FAULTS_AT: usize = 128;
+
+pub(super) struct Records {
+    memory: Pinned,
+    channels: u32,
+    rank: u32,
+    /// The group's area, for what the ranks have issued.
+    region: Region,
+    timeout: Duration,
+}
+
+impl Records {
+    /// # Safety
+    /// `region` is the group's area, mapped whenever the result is used.
+    pub(super) unsafe fn new(
+        device: &Device,
+        channels: u32,
+        rank: u32,
+        region: Region,
+        timeout: Duration,
+    ) -> Result<Records> {
+        let memory = Pinned::zeroed(device, FAULTS_AT + channels as usize * size_of::<FaultRecord>())?;
+        Ok(Records { memory, channels, rank, region, timeout })
+    }
+
+    pub(super) fn abort_address(&self) -> u64 {
+        self.memory.address() + ABORT_AT as u64
+    }
+
+    pub(super) fn finished_address(&self) -> u64 {
+        self.memory.address() + FINISHED_AT as u64
+    }
+
+    pub(super) fn faults_address(&self) -> u64 {
+        self.memory.address() + FAULTS_AT as u64
+    }
+
+    /// Operations that have run on the device.
+    pub(super) fn finished(&self) -> u32 {
+        self.word(FINISHED_AT).load(Ordering::Relaxed)
+    }
+
+    fn word(&self, offset_bytes: usize) -> &AtomicU32 {
+        // SAFETY: inside the memory, aligned, and only accessed by atomics, here and on the device.
+        unsafe { self.memory.as_ptr().add(offset_bytes).cast::<AtomicU32>().as_ref() }
+    }
+
+    /// The record of a channel whose block has given up.
+    fn record(&self, channel: u32) -> Option<FaultRecord> {
+        let at = FAULTS_AT + channel as usize * size_of::<FaultRecord>();
+        // Acquire: the block writes `reason` last, by a release.
+        if self.word(at).load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let words = std::array::from_fn(|word| self.word(at + 4 * word).load(Ordering::Relaxed));
+        Some(bytemuck::cast::<[u32; size_of::<FaultRecord>() / 4], _>(words))
+    }
+
+    fn page(&self, rank: u32) -> &Page {
+        // SAFETY: the promise made to `new`; ranks in records are those of this group's links.
+        unsafe { Page::of(self.region, rank) }
+    }
+
+    fn describe(&self, record: &FaultRecord) -> Option<Error> {
+        let sequence = u64::from(record.operation);
+        match Reason::from_code(record.reason)? {
+            Reason::Aborted => None, // the job's fault says why
+            Reason::Late => {
+                let issued = self.page(self.rank).at(record.operation);
+                Some(Error::PeerStalled {
+                    rank: record.peer,
+                    operation: issued.map_or_else(|| "an operation of a replayed graph".into(), |d| d.to_string()),
+                    sequence,
+                    place: place(record),
+                    waited_ms: u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX),
+                    expected: record.expected,
+                    seen: record.seen,
+                })
+            }
+            Reason::Mismatch => {
+                let named = |rank: u32, hash: u32| {
+                    let Some(mut found) = self.page(rank).find(hash) else {
+                        return format!("an operation of hash {hash:#010x}");
+                    };
+                    found.sequence = sequence;
+                    found.to_string()
+                };
+                let (rank, peer) = (self.rank, record.peer);
+                let (mine, theirs) = (named(rank, record.expected), named(peer, record.seen));
+                Some(Error::Mismatch { sequence, rank, mine, peer, theirs })
+            }
+        }
+    }
+}
+
+/// Where in the operation a block was.
+fn place(record: &FaultRecord) -> String {
+    let awaited = match Awaited::from_code(record.awaited) {
+        Some(Awaited::Greeting) => return "arriving".to_owned(),
+        Some(Awaited::Credit) => "a free slot",
+        _ => "data",
+    };
+    let phase = match record.phase {
+        0 => "reduce-scatter",
+        1 => "all-gather",
+        _ => "broadcast",
+    };
+    let FaultRecord { index, round, chunk, .. } = record;
+    format!("{phase} step {index}, round {round}, chunk {chunk}: waiting for {awaited}")
+}
+
+impl Outpost for Records {
+    fn abort(&self) {
+        // Relaxed: it publishes nothing.
+        self.word(ABORT_AT).store(1, Ordering::Relaxed);
+    }
+
+    fn look(&self) -> Option<Error> {
+        let found: Vec<FaultRecord> = (0..self.channels).filter_map(|channel| self.record(channel)).collect();
+        // A mismatch is the cause where another block has waited in vain.
+        let first = found
+            .iter()
+            .find(|record| record.reason == Reason::Mismatch as u32)
+            .or_else(|| found.iter().find(|record| record.reason == Reason::Late as u32));
+        first.and_then(|record| self.describe(record))
+    }
+}

@@ -1,0 +1,78 @@
+//! Host memory of somebody else, made reachable for a device.
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::ptr::NonNull;
+
+use cudarc::driver::sys;
+
+use super::context::Device;
+use crate::error::Result;
+
+/// Pages of the host that kernels of a device read and write in place: memory that processes share, where their devices
+/// cannot reach each other. Unregistered when dropped.
+pub struct HostRange {
+    device: Device,
+    memory: NonNull<u8>,
+    address: u64,
+    len_bytes: usize,
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: an address; what is done with the memory behind it is argued where it is done.
+unsafe impl Send for HostRange {}
+// SAFETY: as for Send.
+unsafe impl Sync for HostRange {}
+
+impl HostRange {
+    /// Pins the pages and maps them for `device`. `owner` keeps them mapped in this process.
+    ///
+    /// # Errors
+    /// What the driver says: too little memory that may be locked, for one.
+    ///
+    /// # Safety
+    /// `len_bytes` bytes from `memory` on, whole pages, are mapped as long as `owner` lives.
+    pub(crate) unsafe fn register(
+        device: &Device,
+        memory: NonNull<u8>,
+        len_bytes: usize,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<HostRange> {
+        device.bind()?;
+        let place: *mut c_void = memory.as_ptr().cast();
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: the caller's promise; unregistered once, on drop.
+        let registered = unsafe { sys::cuMemHostRegister_v2(place, len_bytes, flags) }.result();
+        device.check("cuMemHostRegister", registered)?;
+        let mut range = HostRange { device: device.clone(), memory, address: 0, len_bytes, _owner: owner };
+        // SAFETY: writes one address; the memory was registered just now.
+        let asked = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut range.address, place, 0) }.result();
+        range.device.check("cuMemHostGetDevicePointer", asked)?;
+        Ok(range)
+    }
+
+    /// Where the device finds the first byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+}
+
+impl Drop for HostRange {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: registered by `register`, unregistered once; the driver waits for kernels that use it.
+            let _ = unsafe { sys::cuMemHostUnregister(self.memory.as_ptr().cast()) };
+        }
+    }
+}
+
+impl std::fmt::Debug for HostRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostRange").field("len_bytes", &self.len_bytes).finish()
+    }
+}
