@@ -12,17 +12,6 @@
 #include "philox.cuh"
 #include "step.cuh"
 
-// src/abi/cast.rs: CastTensor
-struct CastTensor {
-  uint64_t src;  // address
-  uint64_t dst;  // address
-  uint64_t len_elems;
-  uint64_t first_index;  // global index of the first element
-  uint32_t src_dtype;
-  uint32_t dst_dtype;
-};
-static_assert(sizeof(CastTensor) == 40, "src/abi/cast.rs");
-
 // src/abi/cast.rs: CastArguments
 struct CastArguments {
   const CastTensor* tensors;
@@ -201,21 +190,6 @@ struct Within {
 };
 
 // ---- one launch ----------------------------------------------------------------------------------------------------
-
-template <class Visit>
-DEVICE void for_each_chunk(const CastTensor* tensors, const ChunkRange& range, const Visit& visit) {
-#pragma unroll 1
-  for (uint64_t at = blockIdx.x; at < range.len_chunks; at += gridDim.x) {
-    const ChunkRef chunk = range.chunks[range.first_chunk + at];
-    const CastTensor tensor = tensors[chunk.tensor];
-    const uint64_t first = chunk.index * CHUNK_ELEMS;
-    const uint32_t src_bytes = size_bytes(tensor.src_dtype), dst_bytes = size_bytes(tensor.dst_dtype);
-    const uint32_t len_elems = static_cast<uint32_t>(min(CHUNK_ELEMS, tensor.len_elems - first));
-    const Span src_span = {tensor.src, tensor.src + tensor.len_elems * src_bytes};
-    const Piece piece = {tensor.src + first * src_bytes, tensor.dst + first * dst_bytes, src_span, len_elems};
-    visit(tensor, piece, first);
-  }
-}
 
 // The same tensor on both sides.
 template <class Visit>

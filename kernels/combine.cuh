@@ -27,6 +27,13 @@ struct NormState {
 };
 static_assert(sizeof(NormState) == 8, "src/abi/norm.rs");
 
+// src/abi/norm.rs: norm_skip. What skips the step.
+enum NormSkip : uint32_t {
+  NEVER = 0,
+  NONFINITE = 1,          // a NaN or an infinity
+  NONFINITE_OR_BEFORE = 2,  // that, or what the signal says already, of these gradients before they were clipped by value
+};
+
 // src/abi/norm.rs: CombineArguments
 struct CombineArguments {
   NormSlot* slots;
@@ -40,7 +47,7 @@ struct CombineArguments {
   uint32_t len_records;
   uint32_t kind;       // NormKind
   uint32_t finishes;   // 0: slots only, another launch finishes
-  uint32_t skips;      // a NaN or an infinity skips the step
+  uint32_t skips;      // NormSkip
 };
 static_assert(sizeof(CombineArguments) == 80, "src/abi/norm.rs");
 
@@ -149,7 +156,8 @@ DEVICE void report(const CombineArguments& arguments, double norm, const Survey&
   signal.total_norm = norm / static_cast<double>(grad_scale);
   signal.first_nonfinite = survey.first_bad;
   signal.nonfinite = survey.first_bad != UINT64_MAX;
-  signal.found_inf = signal.nonfinite != 0 && arguments.skips != 0;
+  const bool before = arguments.skips == NONFINITE_OR_BEFORE && arguments.signal->found_inf != 0;
+  signal.found_inf = before || (signal.nonfinite != 0 && arguments.skips != NEVER);
   const double coef = arguments.max_norm / (signal.total_norm + 1e-6);
   signal.clip_coef = signal.found_inf != 0 || coef > 1.0 ? 1.0f : static_cast<float>(coef);
   signal.grad_scale = grad_scale;

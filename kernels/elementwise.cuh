@@ -11,6 +11,17 @@
 
 constexpr uint32_t BLOCK_THREADS = 256;
 
+// src/abi/cast.rs: CastTensor
+struct CastTensor {
+  uint64_t src;  // address
+  uint64_t dst;  // address
+  uint64_t len_elems;
+  uint64_t first_index;  // global index of the first element
+  uint32_t src_dtype;
+  uint32_t dst_dtype;
+};
+static_assert(sizeof(CastTensor) == 40, "src/abi/cast.rs");
+
 // One chunk: addresses of its first element.
 struct Piece {
   uint64_t src;
@@ -66,9 +77,30 @@ DEVICE void store_group(const Piece& piece, int32_t first, bool is_whole, const 
   }
 }
 
+// What stands where `store_group` will store.
+template <uint32_t BYTES, uint32_t PACKS>
+DEVICE void load_target(const Piece& piece, int32_t first, bool is_whole, Pack (&packs)[PACKS]) {
+  constexpr int32_t ELEMS = PACK_BYTES / BYTES;
+#pragma unroll
+  for (uint32_t i = 0; i < PACKS; ++i) {
+    const int32_t index = first + static_cast<int32_t>(i) * ELEMS;
+    const uint64_t address = piece.dst + static_cast<int64_t>(index) * BYTES;
+    if (is_whole) {
+      packs[i] = load_pack(address);
+      continue;
+    }
+    packs[i] = {};
+#pragma unroll
+    for (int32_t k = 0; k < ELEMS; ++k) {
+      const bool is_inside = index + k >= 0 && index + k < static_cast<int32_t>(piece.len_elems);
+      if (is_inside) set_element<BYTES>(packs[i], k, load_bits<BYTES>(address + k * BYTES));
+    }
+  }
+}
+
 // dst = op(src) for one chunk. `op(source, target, first)` makes one group; `first` is its first element in the piece,
-// negative if the group begins before it.
-template <uint32_t SRC_BYTES, uint32_t DST_BYTES, class Op>
+// negative if the group begins before it. UPDATES: `target` holds what stands in `dst`, and is changed.
+template <uint32_t SRC_BYTES, uint32_t DST_BYTES, bool UPDATES = false, class Op>
 DEVICE void map_chunk(const Piece& piece, const Op& op) {
   using G = Group<SRC_BYTES, DST_BYTES>;
   constexpr int32_t LANES = G::LANES, IN_FLIGHT = G::IN_FLIGHT;
@@ -82,20 +114,21 @@ DEVICE void map_chunk(const Piece& piece, const Op& op) {
 #pragma unroll 1
   while (same_phase && first >= 0 && first + (IN_FLIGHT - 1) * STEP + LANES <= len_elems) {
     typename G::Source source[IN_FLIGHT];
+    typename G::Target target[IN_FLIGHT];
 #pragma unroll
     for (int32_t i = 0; i < IN_FLIGHT; ++i) {
 #pragma unroll
       for (uint32_t k = 0; k < G::SRC_PACKS; ++k) {
         source[i][k] = load_pack(piece.src + static_cast<uint32_t>(first + i * STEP) * SRC_BYTES + k * PACK_BYTES);
       }
+      if constexpr (UPDATES) load_target<DST_BYTES>(piece, first + i * STEP, true, target[i]);
     }
 #pragma unroll
     for (int32_t i = 0; i < IN_FLIGHT; ++i) {
-      typename G::Target target;
-      op(source[i], target, first + i * STEP);
+      op(source[i], target[i], first + i * STEP);
 #pragma unroll
       for (uint32_t k = 0; k < G::DST_PACKS; ++k) {
-        store_pack(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES + k * PACK_BYTES, target[k]);
+        store_pack(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES + k * PACK_BYTES, target[i][k]);
       }
     }
     first += IN_FLIGHT * STEP;
@@ -106,6 +139,7 @@ DEVICE void map_chunk(const Piece& piece, const Op& op) {
     typename G::Source source;
     typename G::Target target;
     load_group<SRC_BYTES>(piece, first, is_whole, source);
+    if constexpr (UPDATES) load_target<DST_BYTES>(piece, first, is_whole, target);
     op(source, target, first);
     store_group<DST_BYTES>(piece, first, is_whole, target);
   }
@@ -118,5 +152,24 @@ DEVICE void map_elements(const Piece& piece, const Op& op) {
   for (uint32_t i = threadIdx.x; i < piece.len_elems; i += BLOCK_THREADS) {
     const auto bits = load_bits<SRC_BYTES>(piece.src + i * SRC_BYTES);
     store_bits<DST_BYTES>(piece.dst + i * DST_BYTES, op(bits));
+  }
+}
+
+DEVICE Piece piece_of(const CastTensor& tensor, uint32_t chunk) {
+  const uint64_t first = chunk * CHUNK_ELEMS;
+  const uint32_t src_bytes = size_bytes(tensor.src_dtype), dst_bytes = size_bytes(tensor.dst_dtype);
+  const uint32_t len_elems = static_cast<uint32_t>(min(CHUNK_ELEMS, tensor.len_elems - first));
+  const Span src_span = {tensor.src, tensor.src + tensor.len_elems * src_bytes};
+  return {tensor.src + first * src_bytes, tensor.dst + first * dst_bytes, src_span, len_elems};
+}
+
+// Calls `visit(tensor, piece, first element)` for the chunks of this block.
+template <class Visit>
+DEVICE void for_each_chunk(const CastTensor* tensors, const ChunkRange& range, const Visit& visit) {
+#pragma unroll 1
+  for (uint64_t at = blockIdx.x; at < range.len_chunks; at += gridDim.x) {
+    const ChunkRef chunk = range.chunks[range.first_chunk + at];
+    const CastTensor tensor = tensors[chunk.tensor];
+    visit(tensor, piece_of(tensor, chunk.index), chunk.index * CHUNK_ELEMS);
   }
 }

@@ -21,6 +21,13 @@ struct LossScaler {
 };
 static_assert(sizeof(LossScaler) == 24, "src/abi/scaler.rs");
 
+// src/abi/scaler.rs: ScalerArguments
+struct ScalerArguments {
+  LossScaler* scaler;
+  const StepSignal* signal;  // of the step
+};
+static_assert(sizeof(ScalerArguments) == 16, "src/abi/scaler.rs");
+
 DEVICE bool is_normal(float x) {
   const uint32_t exponent = __float_as_uint(x) >> 23 & 0xff;
   return exponent != 0 && exponent != 0xff;
@@ -30,9 +37,10 @@ DEVICE bool is_usable(float scale) {
   return scale > 0.0f && is_normal(scale) && is_normal(static_cast<float>(1.0 / static_cast<double>(scale)));
 }
 
-extern "C" __global__ void __launch_bounds__(32) update_scaler(LossScaler* scaler, const StepSignal* signal) {
+extern "C" __global__ void __launch_bounds__(32) update_scaler(const __grid_constant__ ScalerArguments arguments) {
+  LossScaler* const scaler = arguments.scaler;
   if (threadIdx.x != 0 || scaler->enabled == 0) return;
-  const bool found_inf = signal->found_inf != 0;
+  const bool found_inf = arguments.signal->found_inf != 0;
   uint32_t good_steps = found_inf ? 0 : scaler->good_steps + 1;
   const bool grows = good_steps == scaler->growth_interval;
   if (grows) good_steps = 0;

@@ -10,6 +10,9 @@ macro_rules! ptx {
     };
 }
 
+/// Gradients into buckets, replacing or added. Arguments: [`AccumulateArguments`](crate::abi::AccumulateArguments).
+pub const ACCUMULATE: &str = ptx!("accumulate");
+
 /// Casts, in-place scaling and clipping by value. Arguments: [`CastArguments`](crate::abi::CastArguments) and its neighbours.
 pub const CAST: &str = ptx!("cast");
 
@@ -23,25 +26,29 @@ pub const NORM: &str = ptx!("norm");
 /// AdamW and SGD. Arguments: [`OptimizerArguments`](crate::abi::OptimizerArguments).
 pub const OPTIMIZER: &str = ptx!("optimizer");
 
-/// The dynamic loss scale after a step. Arguments: addresses of a [`LossScaler`](crate::abi::LossScaler) and a
-/// [`StepSignal`](crate::abi::StepSignal).
+/// The dynamic loss scale after a step. Arguments: [`ScalerArguments`](crate::abi::ScalerArguments).
 pub const SCALER: &str = ptx!("scaler");
 
 /// Does what a rank writes into a peer's memory arrive? Arguments: [`ProbeArguments`](crate::abi::ProbeArguments).
 pub const PROBE: &str = ptx!("probe");
+
+/// A few words from the host, in stream order. Arguments: [`StoreArguments`](crate::abi::StoreArguments).
+pub const STORE: &str = ptx!("store");
 
 /// Takes the loss scale out of gradients, casts and measures them. Arguments:
 /// [`UnscaleArguments`](crate::abi::UnscaleArguments).
 pub const UNSCALE: &str = ptx!("unscale");
 
 /// Every module, by the name of its source.
-pub const ALL: [(&str, &str); 7] = [
+pub const ALL: [(&str, &str); 9] = [
+    ("accumulate", ACCUMULATE),
     ("cast", CAST),
     ("collective", COLLECTIVE),
     ("norm", NORM),
     ("optimizer", OPTIMIZER),
     ("probe", PROBE),
     ("scaler", SCALER),
+    ("store", STORE),
     ("unscale", UNSCALE),
 ];
 

@@ -13,7 +13,8 @@ const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90", "sm_100"];
 
 /// Kernels that move tensors and the most registers that they may use; the bound keeps as many threads on a
 /// multiprocessor of 65,536 registers as the kernel is launched with.
-const BULK: [(&str, u32); 16] = [
+const BULK: [(&str, u32); 18] = [
+    ("accumulate_tensors", 80),
     ("cast_tensors", 64),
     ("cast_stochastic", 64),
     ("clamp_tensors", 64),
@@ -27,13 +28,14 @@ const BULK: [(&str, u32); 16] = [
     ("collective_u8", 128),
     ("measure_norm", 96),
     ("measure_norm_p", 128),
+    ("stage_tensors", 64),
     ("step_adamw", 96),
     ("step_sgd", 96),
     ("unscale_norm", 128),
 ];
 
 /// Kernels of one block or one thread.
-const SMALL: [(&str, u32); 2] = [("probe_peer", 32), ("update_scaler", 32)];
+const SMALL: [(&str, u32); 3] = [("probe_peer", 32), ("store_words", 32), ("update_scaler", 32)];
 
 fn is_collective(kernel: &str) -> bool {
     kernel.starts_with("collective_")

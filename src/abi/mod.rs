@@ -4,14 +4,17 @@
 //! its size and the offsets where a difference would show. Addresses are those of device memory (or of host memory that
 //! the device reaches), as `CUdeviceptr`. The kernels trust them: whoever launches a kernel vouches for them.
 
+mod accumulate;
 mod cast;
 pub mod collective;
 mod norm;
 mod optimizer;
 mod probe;
 mod scaler;
+mod store;
 mod table;
 
+pub use accumulate::AccumulateArguments;
 pub use cast::{CastArguments, CastTensor, ClampArguments, ELEMENTWISE_THREADS, RoundingKey, ScaleArguments};
 pub use norm::{
     CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal,
@@ -19,7 +22,8 @@ pub use norm::{
 };
 pub use optimizer::{AdamWRule, OptimizerArguments, OptimizerState, OptimizerTensor, SgdRule};
 pub use probe::{PROBE_THREADS, ProbeArguments, ProbeReport};
-pub use scaler::LossScaler;
+pub use scaler::{LossScaler, ScalerArguments};
+pub use store::{STORE_WORDS, StoreArguments};
 pub use table::{CHUNK_ELEMS, ChunkRange, ChunkRef, chunks};
 
 /// How a wait in a kernel ended (`Verdict` of `signal.cuh`).

@@ -113,7 +113,8 @@ pub struct CombineArguments {
     pub kind: u32,
     /// Not 0: the last block of this launch combines.
     pub finishes: u32,
-    /// Not 0: a NaN or an infinity skips the step.
+    /// What skips the step. 0: nothing. 1: a NaN or an infinity. 2: that, or what the signal says already: of the same
+    /// gradients, before they were clipped by value.
     pub skips: u32,
 }
 

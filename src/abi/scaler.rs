@@ -4,8 +4,7 @@ use std::mem::{offset_of, size_of};
 
 use bytemuck::{Pod, Zeroable};
 
-/// The loss scale and what moves it, in device memory. Arguments of `update_scaler`: its address, and that of the
-/// [`StepSignal`](super::StepSignal) of the step.
+/// The loss scale and what moves it, in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Zeroable, Pod)]
 #[repr(C)]
 pub struct LossScaler {
@@ -24,3 +23,15 @@ pub struct LossScaler {
 }
 
 const _: () = assert!(size_of::<LossScaler>() == 24 && offset_of!(LossScaler, scale) == 0);
+
+/// The argument of `update_scaler`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable, Pod)]
+#[repr(C)]
+pub struct ScalerArguments {
+    /// [`LossScaler`], updated.
+    pub scaler: u64,
+    /// [`StepSignal`](super::StepSignal) of the step.
+    pub signal: u64,
+}
+
+const _: () = assert!(size_of::<ScalerArguments>() == 16 && offset_of!(ScalerArguments, signal) == 8);

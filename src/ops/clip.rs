@@ -41,18 +41,23 @@ pub fn scale_in_place(gradient: SliceMut<'_>, coef: f32) {
     }
 }
 
+pub(super) fn check_limit(limit: f32) -> Result<()> {
+    if limit >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument {
+        argument: "clip value",
+        value: limit.to_string(),
+        accepted: "a limit that is not negative and not NaN",
+    })
+}
+
 /// Limits every element to `[-limit, limit]`, `limit` rounded to the element type. NaN stays NaN, -0.0 stays -0.0.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if `limit` is negative or NaN; nothing is written then.
 pub fn clip_value(gradient: SliceMut<'_>, limit: f32) -> Result<()> {
-    if limit.is_nan() || limit < 0.0 {
-        return Err(Error::InvalidArgument {
-            argument: "clip value",
-            value: limit.to_string(),
-            accepted: "a limit that is not negative and not NaN",
-        });
-    }
+    check_limit(limit)?;
     match gradient {
         SliceMut::F32(elements) => dispatch(Clamp { elements, limit }),
         SliceMut::F16(elements) => dispatch(Clamp { elements, limit }),

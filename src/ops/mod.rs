@@ -8,12 +8,16 @@
 //! | [`scaler`] | dynamic loss scale |
 //! | [`optimizer`] | AdamW and SGD with master weights, fused with unscaling, clipping and the low-precision copy |
 //!
+//! `cuda` launches the same on a device, over tensors that live there.
+//!
 //! The functions here check their arguments and say what is computed; `host` holds the loops. They run on the calling
 //! thread, allocate nothing after [`NormSlots::new`], and give the same bits at every CPU feature [`Level`]. The
 //! specification is [`crate::reference`].
 
 pub mod cast;
 pub mod clip;
+#[cfg(all(feature = "cuda", not(loom)))]
+pub mod cuda;
 mod host;
 pub mod norm;
 pub mod optimizer;

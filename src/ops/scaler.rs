@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(all(feature = "cuda", not(loom)))]
+use crate::abi::LossScaler;
 use crate::error::{Error, Result};
 
 /// The loss scale and what moves it. Part of the checkpoint.
@@ -60,6 +62,31 @@ impl GradScaler {
     /// A scaler whose scale is 1 and stays 1: for precisions that need none.
     pub fn disabled() -> GradScaler {
         GradScaler { scale: 1.0, enabled: false, ..GradScaler::default() }
+    }
+
+    /// As the device keeps it.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub(super) fn to_device(self) -> LossScaler {
+        LossScaler {
+            scale: self.scale,
+            growth_factor: self.growth_factor,
+            backoff_factor: self.backoff_factor,
+            growth_interval: self.growth_interval,
+            good_steps: self.good_steps,
+            enabled: self.enabled.into(),
+        }
+    }
+
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub(super) fn from_device(scaler: LossScaler) -> GradScaler {
+        GradScaler {
+            scale: scaler.scale,
+            growth_factor: scaler.growth_factor,
+            backoff_factor: scaler.backoff_factor,
+            growth_interval: scaler.growth_interval,
+            good_steps: scaler.good_steps,
+            enabled: scaler.enabled != 0,
+        }
     }
 
     /// Fails unless the state is one that [`new`](Self::new) and [`update`](Self::update) can reach: after reading it from

@@ -100,6 +100,20 @@ impl Buffer {
         Ok(buffer)
     }
 
+    /// A private buffer of these elements. The host waits until they are there.
+    ///
+    /// # Errors
+    /// As [`Buffer::zeroed`].
+    pub fn filled<T: Element>(device: &Device, elements: &[T]) -> Result<Buffer> {
+        let buffer = Buffer::zeroed(device, T::DTYPE, elements.len())?;
+        // SAFETY: as many elements as the buffer has.
+        let copied = unsafe { result::memcpy_htod_sync(buffer.address(), elements) };
+        device.check("cuMemcpyHtoD", copied)?;
+        // The last of it may still be under way, in the default stream, which no stream of ours waits for.
+        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        Ok(buffer)
+    }
+
     pub(super) fn over(memory: Arc<dyn Memory>, dtype: DType, len_elems: usize) -> Buffer {
         Buffer { memory, dtype, len_elems }
     }

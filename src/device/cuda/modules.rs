@@ -21,6 +21,7 @@ pub struct Kernels(Arc<Core>);
 
 struct Core {
     device: Device,
+    len_multiprocessors: u32,
     modules: Vec<sys::CUmodule>,
     functions: HashMap<String, sys::CUfunction>,
 }
@@ -49,7 +50,9 @@ impl Kernels {
     /// # Errors
     /// What the driver says.
     pub fn load(device: &Device) -> Result<Kernels> {
-        let mut core = Core { device: device.clone(), modules: Vec::new(), functions: HashMap::new() };
+        let len_multiprocessors = device.len_multiprocessors()?;
+        let mut core =
+            Core { device: device.clone(), len_multiprocessors, modules: Vec::new(), functions: HashMap::new() };
         device.bind()?;
         for (_, ptx) in kernels::ALL {
             core.load(ptx)?;
@@ -60,6 +63,11 @@ impl Kernels {
     /// Where they are.
     pub fn device(&self) -> &Device {
         &self.0.device
+    }
+
+    /// Streaming multiprocessors of the device: what grids are measured by.
+    pub fn len_multiprocessors(&self) -> u32 {
+        self.0.len_multiprocessors
     }
 
     /// Enqueues the kernel called `name`, whose one parameter is `arguments`.

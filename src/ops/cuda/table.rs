@@ -1,0 +1,257 @@
+//! The tensors of one list: checked, uploaded, kept alive, and the shape of the launches over them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+
+use crate::abi::{ChunkRange, ChunkRef, chunks};
+use crate::device::cuda::{Buffer, Device, Kernels, Shape, Stream, View};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Every float type.
+pub(super) const FLOATS: &[DType] = &[DType::F32, DType::F16, DType::BF16, DType::F64];
+/// Those whose arithmetic is f32.
+pub(super) const SINGLES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+pub(super) const HALVES: &[DType] = &[DType::F16, DType::BF16];
+
+/// Memory that a launch reads or writes.
+struct Region {
+    begin: u64,
+    end: u64,
+    tensor: usize,
+    is_written: bool,
+}
+
+/// Collects what a list's tensors use, and checks it.
+pub(super) struct Operands<'d> {
+    device: &'d Device,
+    regions: Vec<Region>,
+    views: Vec<View>,
+}
+
+impl<'d> Operands<'d> {
+    pub fn new(device: &'d Device) -> Operands<'d> {
+        Operands { device, regions: Vec::new(), views: Vec::new() }
+    }
+
+    /// The address of `view`, which is read as `what` of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a dtype that is not `accepted`; [`Error::InvalidArgument`] for a view of another device.
+    pub fn read(&mut self, what: &'static str, tensor: usize, view: &View, accepted: &[DType]) -> Result<u64> {
+        self.take(what, tensor, view, accepted, false)
+    }
+
+    /// As [`Operands::read`], of a view that is written, and perhaps read before.
+    ///
+    /// # Errors
+    /// As [`Operands::read`].
+    pub fn write(&mut self, what: &'static str, tensor: usize, view: &View, accepted: &[DType]) -> Result<u64> {
+        self.take(what, tensor, view, accepted, true)
+    }
+
+    /// The addresses of a source and a target of one length. They may be the same memory in the same type.
+    ///
+    /// # Errors
+    /// As [`Operands::read`]; [`Error::LengthMismatch`].
+    pub fn pair(&mut self, tensor: usize, src: &View, dst: &View, accepted: [&[DType]; 2]) -> Result<[u64; 2]> {
+        check_length("target", tensor, src.len_elems(), dst)?;
+        let dst_address = self.write("target", tensor, dst, accepted[1])?;
+        if src.address() == dst_address && src.dtype() == dst.dtype() {
+            return Ok([dst_address; 2]);
+        }
+        Ok([self.read("source", tensor, src, accepted[0])?, dst_address])
+    }
+
+    fn take(
+        &mut self,
+        what: &'static str,
+        tensor: usize,
+        view: &View,
+        accepted: &[DType],
+        is_written: bool,
+    ) -> Result<u64> {
+        check_device(what, self.device, view)?;
+        if !accepted.contains(&view.dtype()) {
+            return Err(Error::Unsupported { op: format!("{what} of tensor {tensor}"), dtype: view.dtype() });
+        }
+        let begin = view.address();
+        if !view.is_empty() {
+            self.regions.push(Region { begin, end: begin + view.len_bytes() as u64, tensor, is_written });
+        }
+        self.views.push(view.clone());
+        Ok(begin)
+    }
+
+    /// Fails if anything written is also something else's: blocks run in any order.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] names two tensors.
+    pub fn check_apart(&mut self) -> Result<()> {
+        self.regions.sort_unstable_by_key(|region| region.begin);
+        // The region that reaches furthest so far, of all and of those that are written.
+        let (mut any, mut written): (Option<&Region>, Option<&Region>) = (None, None);
+        for region in &self.regions {
+            let before = if region.is_written { any } else { written };
+            if let Some(before) = before.filter(|before| before.end > region.begin) {
+                return Err(Error::InvalidArgument {
+                    argument: "tensors on the device",
+                    value: format!("tensors {} and {}, which overlap", before.tensor, region.tensor),
+                    accepted: "what is written must not be used by another tensor or under another type",
+                });
+            }
+            let further = |old: Option<&Region>| old.is_none_or(|old| region.end > old.end);
+            if further(any) {
+                any = Some(region);
+            }
+            if region.is_written && further(written) {
+                written = Some(region);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fails unless `view` is on `device`.
+pub(super) fn check_device(what: &'static str, device: &Device, view: &View) -> Result<()> {
+    if view.device().is_same(device) {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument {
+        argument: what,
+        value: format!("a view of device {}", view.device().ordinal()),
+        accepted: "must be on the device that the kernels are loaded on",
+    })
+}
+
+/// Fails unless `view` has as many elements as the rest of its tensor.
+pub(super) fn check_length(what: &'static str, tensor: usize, expected_elems: usize, view: &View) -> Result<()> {
+    if view.len_elems() == expected_elems {
+        return Ok(());
+    }
+    Err(Error::LengthMismatch {
+        what: format!("{what} of tensor {tensor}"),
+        expected_elems,
+        actual_elems: view.len_elems(),
+    })
+}
+
+/// How a kernel is launched over chunks.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub threads: u32,
+    /// Blocks that one multiprocessor holds: `__launch_bounds__` of the kernel.
+    pub resident_blocks: u32,
+}
+
+impl Grid {
+    /// A block for each chunk until the device is full: then every block takes several. At least one.
+    pub fn shape(self, kernels: &Kernels, len_chunks: u64) -> Shape {
+        let most = self.resident_blocks.saturating_mul(kernels.len_multiprocessors()).max(1);
+        let blocks = u32::try_from(len_chunks).unwrap_or(u32::MAX).clamp(1, most);
+        Shape { blocks, threads: self.threads, shared_bytes: 0, cooperative: false }
+    }
+}
+
+/// The tables of a list in device memory.
+pub(super) struct Table {
+    kernels: Kernels,
+    tensors: Buffer,
+    chunks: Buffer,
+    /// Of each tensor, its first chunk; and the number of all.
+    first_chunks: Arc<[u64]>,
+    _views: Vec<View>,
+}
+
+impl Table {
+    /// Uploads `entries`, the kernel's description of the tensors in `operands`. The host waits until it is there.
+    ///
+    /// # Errors
+    /// As [`Operands::check_apart`]; [`Error::SizeOverflow`] for more than 2^32 tensors, or chunks of one; as
+    /// [`Buffer::zeroed`].
+    pub fn new<T: Pod>(
+        kernels: &Kernels,
+        entries: &[T],
+        lens_elems: impl Iterator<Item = usize>,
+        mut operands: Operands<'_>,
+    ) -> Result<Table> {
+        operands.check_apart()?;
+        let lens_elems: Vec<u64> = lens_elems.map(|len_elems| len_elems as u64).collect();
+        let refs: Vec<ChunkRef> = chunks(&lens_elems).ok_or_else(|| Error::SizeOverflow {
+            what: "chunks of a list of tensors",
+            detail: format!("{} tensors, the longest of {:?} elements", lens_elems.len(), lens_elems.iter().max()),
+        })?;
+        let mut first_chunks = vec![0; lens_elems.len() + 1];
+        refs.iter().for_each(|chunk| first_chunks[chunk.tensor as usize + 1] += 1);
+        (1..first_chunks.len()).for_each(|tensor| first_chunks[tensor] += first_chunks[tensor - 1]);
+        let upload = |bytes: &[u8]| Buffer::filled(kernels.device(), bytes);
+        Ok(Table {
+            kernels: kernels.clone(),
+            tensors: upload(bytemuck::cast_slice(entries))?,
+            chunks: upload(bytemuck::cast_slice(&refs))?,
+            first_chunks: first_chunks.into(),
+            _views: operands.views,
+        })
+    }
+
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    pub fn len_tensors(&self) -> usize {
+        self.first_chunks.len() - 1
+    }
+
+    pub fn first_chunks(&self) -> &Arc<[u64]> {
+        &self.first_chunks
+    }
+
+    /// The address of the entries.
+    pub fn tensors(&self) -> u64 {
+        self.tensors.address()
+    }
+
+    /// All chunks.
+    pub fn range(&self) -> ChunkRange {
+        ChunkRange { chunks: self.chunks.address(), first_chunk: 0, len_chunks: self.first_chunks[self.len_tensors()] }
+    }
+
+    /// The chunks of some tensors.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there are no such tensors.
+    pub fn range_of(&self, tensors: Range<usize>) -> Result<ChunkRange> {
+        match (self.first_chunks.get(tensors.start), self.first_chunks.get(tensors.end)) {
+            (Some(first), Some(end)) if first <= end => {
+                Ok(ChunkRange { first_chunk: *first, len_chunks: end - first, ..self.range() })
+            }
+            _ => Err(Error::InvalidArgument {
+                argument: "tensors",
+                value: format!("{tensors:?} of {}", self.len_tensors()),
+                accepted: "a range of the list's tensors",
+            }),
+        }
+    }
+
+    /// Enqueues `kernel` over `len_chunks` chunks.
+    ///
+    /// # Errors
+    /// As [`Kernels::launch`].
+    ///
+    /// # Safety
+    /// As [`Kernels::launch`]: `arguments` is what the kernel takes, and points to nothing but this table and memory that
+    /// lives as long.
+    pub unsafe fn launch<A: Pod>(
+        &self,
+        kernel: &str,
+        grid: Grid,
+        len_chunks: u64,
+        stream: &Stream,
+        arguments: &A,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.kernels.launch(kernel, grid.shape(&self.kernels, len_chunks), stream, arguments) }
+    }
+}
