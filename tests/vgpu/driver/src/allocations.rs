@@ -88,7 +88,8 @@ pub(crate) fn remove(address: u64, call: &str, accepts: impl Fn(Kind) -> bool) -
     })?;
     if matches!(removed.kind, Kind::Device | Kind::Pool) {
         device::give_back(removed.device, removed.len_bytes);
-        // Whoever still has it mapped reads rubbish: DAPI 6.13, `cuIpcGetMemHandle`, leaves that undefined.
+        // Whoever still has it mapped reads rubbish: DAPI 6.13, `cuIpcOpenMemHandle`, calls that
+        // "undefined behavior".
         removed.mapping.fill(0, removed.len_bytes, 0xdb);
     }
     Ok(removed)
@@ -107,6 +108,15 @@ pub(crate) fn range(address: u64, len_bytes: usize) -> Result<(Allocation, usize
         Some((allocation, offset)) => Ok((allocation.clone(), offset)),
         None => refuse(Status::INVALID_VALUE, &format!("{len_bytes} bytes at {address:#x} are in no allocation")),
     }
+}
+
+/// As [`range`], when the stream's or the graph's turn has come: what was freed by then is an illegal address.
+pub(crate) fn range_now(number: usize, address: u64, len_bytes: usize) -> Option<(Allocation, usize)> {
+    let found = range(address, len_bytes).ok();
+    if found.is_none() {
+        device::stick(number, Status::ILLEGAL_ADDRESS);
+    }
+    found
 }
 
 /// What the kernels of one launch reach.

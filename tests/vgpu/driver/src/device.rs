@@ -12,6 +12,8 @@ use crate::status::{Result, Status, refuse};
 /// Streaming multiprocessors: few, so that a persistent grid is small.
 pub(crate) const MULTIPROCESSORS: usize = 4;
 pub(crate) const THREADS_PER_MULTIPROCESSOR: usize = 2048;
+pub(crate) const BLOCKS_PER_MULTIPROCESSOR: usize = 32;
+pub(crate) const SHARED_BYTES_PER_MULTIPROCESSOR: usize = 228 << 10;
 pub(crate) const THREADS_PER_BLOCK: usize = 1024;
 /// Without opting in (DAPI 6.5, `CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK`).
 pub(crate) const SHARED_BYTES_PER_BLOCK: usize = 48 << 10;
@@ -144,17 +146,17 @@ pub(crate) fn fail(number: usize, fault: &Fault) {
 
 // ---- peers -------------------------------------------------------------------------------------------------------------
 
-/// DAPI 6.29, `cuDeviceCanAccessPeer`; a device is not its own peer.
+/// DAPI 6.31, `cuDeviceCanAccessPeer`; a device is not its own peer.
 pub(crate) fn can_access_peer(number: i32, peer: i32) -> Result<bool> {
     device(number)?;
     device(peer)?;
     Ok(number != peer && SETTINGS.peers != Peers::None)
 }
 
-/// DAPI 6.29, `cuCtxEnablePeerAccess`.
+/// DAPI 6.31, `cuCtxEnablePeerAccess`: CUDA_ERROR_INVALID_CONTEXT "if the current context is peerContext".
 pub(crate) fn enable_peer(number: usize, peer: usize) -> Result<()> {
     if number == peer {
-        return refuse(Status::INVALID_DEVICE, "cuCtxEnablePeerAccess for the current context itself");
+        return refuse(Status::INVALID_CONTEXT, "cuCtxEnablePeerAccess for the current context itself");
     }
     if SETTINGS.peers == Peers::None {
         return Err(Status::PEER_ACCESS_UNSUPPORTED);
@@ -163,7 +165,7 @@ pub(crate) fn enable_peer(number: usize, peer: usize) -> Result<()> {
     if before >> peer & 1 == 1 { Err(Status::PEER_ACCESS_ALREADY_ENABLED) } else { Ok(()) }
 }
 
-/// DAPI 6.29, `cuCtxDisablePeerAccess`.
+/// DAPI 6.31, `cuCtxDisablePeerAccess`.
 pub(crate) fn disable_peer(number: usize, peer: usize) -> Result<()> {
     let before = DEVICES[number].peers.fetch_and(!(1 << peer), Ordering::Relaxed);
     if before >> peer & 1 == 0 { Err(Status::PEER_ACCESS_NOT_ENABLED) } else { Ok(()) }

@@ -15,8 +15,18 @@ pub(crate) struct Event {
     reached: Condvar,
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+/// A recording in a capture: which one, and the nodes of its graph that it stands for (CUDA Programming Guide, 4.2.2.1.2.1:
+/// "A captured event represents a set of nodes in a capture graph").
+#[derive(Debug, Clone)]
+pub(crate) struct Captured {
+    pub capture: u64,
+    pub after: Vec<usize>,
+}
+
+#[derive(Debug, Default, Clone)]
 struct State {
+    /// If the last recording was one.
+    captured: Option<Captured>,
     recorded: u64,
     completed: u64,
     /// When the point completed last was reached.
@@ -35,8 +45,18 @@ impl Event {
     /// Begins a recording; the stream completes it with [`Event::complete`].
     pub fn mark(&self) -> u64 {
         let mut state = self.state();
+        state.captured = None;
         state.recorded += 1;
         state.recorded
+    }
+
+    /// Records it in a capture.
+    pub fn capture(&self, captured: Captured) {
+        self.state().captured = Some(captured);
+    }
+
+    pub fn captured(&self) -> Option<Captured> {
+        self.state().captured.clone()
     }
 
     pub fn complete(&self, recording: u64) {
@@ -56,7 +76,7 @@ impl Event {
         let _state = self.reached.wait_while(state, |state| state.completed < recording);
     }
 
-    /// DAPI 6.19, `cuEventQuery`: an event never recorded is complete.
+    /// DAPI 6.19, `cuEventRecord`: before the first recording "an event represents an empty set of work", so it is complete.
     pub fn is_complete(&self) -> bool {
         let state = self.state();
         state.completed >= state.recorded
@@ -68,7 +88,7 @@ impl Event {
         if (self.flags | end.flags) & DISABLE_TIMING != 0 {
             return refuse(Status::INVALID_HANDLE, "the time between events made with CU_EVENT_DISABLE_TIMING");
         }
-        let (start, end) = (*self.state(), *end.state());
+        let (start, end) = (self.state().clone(), end.state().clone());
         if start.recorded == 0 || end.recorded == 0 {
             return refuse(Status::INVALID_HANDLE, "the time between events that were not both recorded");
         }

@@ -5,7 +5,8 @@ use std::time::Instant;
 use annulus_vgpu::{Arguments, Launch, Options, run};
 
 use crate::allocations::{self, View};
-use crate::device::{self, MULTIPROCESSORS, THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR};
+use crate::device::{self, BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, SHARED_BYTES_PER_MULTIPROCESSOR};
+use crate::device::{THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR};
 use crate::module::Function;
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, refuse};
@@ -21,9 +22,11 @@ pub(crate) struct Shape {
 /// Instructions that the interpreter runs in a millisecond at most; turns the watchdog's time into a budget.
 const INSTRUCTIONS_PER_MS: u64 = 50_000;
 
-/// Blocks of `block_threads` threads that one multiprocessor holds at a time.
-pub(crate) fn resident_blocks(block_threads: usize) -> usize {
-    (THREADS_PER_MULTIPROCESSOR / block_threads.max(1)).min(32)
+/// Blocks of `block_threads` threads and `shared_bytes` of shared memory, static and dynamic, that one multiprocessor holds
+/// at a time.
+pub(crate) fn resident_blocks(block_threads: usize, shared_bytes: usize) -> usize {
+    let by_threads = THREADS_PER_MULTIPROCESSOR / block_threads.max(1);
+    by_threads.min(SHARED_BYTES_PER_MULTIPROCESSOR / shared_bytes.max(1)).min(BLOCKS_PER_MULTIPROCESSOR)
 }
 
 /// Checks a launch as the call does, before anything is queued (DAPI 6.22, `cuLaunchKernel`).
@@ -46,8 +49,8 @@ fn check(function: &Function, shape: &Shape) -> Result<usize> {
     if shape.shared_bytes > function.max_dynamic_shared_bytes {
         return refuse(Status::INVALID_VALUE, "more dynamic shared memory than was asked for with cuFuncSetAttribute");
     }
-    let resident = MULTIPROCESSORS * resident_blocks(threads);
-    // DAPI 6.22, `cuLaunchCooperativeKernel`: the grid must fit the device at once.
+    let resident = MULTIPROCESSORS * resident_blocks(threads, shape.shared_bytes + kernel.shared_bytes());
+    // DAPI 6.22, `cuLaunchCooperativeKernel`: no more blocks than the device holds at a time.
     if shape.cooperative && blocks > resident {
         return refuse(
             Status::COOPERATIVE_LAUNCH_TOO_LARGE,
@@ -67,7 +70,7 @@ pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, paramete
             grid: shape.grid,
             block: shape.block,
             shared_bytes: shape.shared_bytes,
-            arguments: Arguments::from_bytes(parameters),
+            arguments: Arguments::from_bytes(parameters.clone()),
             device: number,
         };
         let watchdog_ms = u64::try_from(SETTINGS.watchdog.as_millis()).unwrap_or(u64::MAX);
@@ -99,10 +102,11 @@ fn is_met(flags: u32, seen: u32, value: u32) -> Result<bool> {
 
 /// `cuStreamWaitValue32`; no work of the stream goes on before.
 pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) -> Result<()> {
-    let (allocation, offset) = value_place(address)?;
+    value_place(address)?;
     is_met(flags, 0, value)?;
     let number = stream.device;
     stream.submit(move || {
+        let Some((allocation, offset)) = allocations::range_now(number, address, 4) else { return };
         let start = Instant::now();
         loop {
             let mut seen = [0; 4];
@@ -122,17 +126,22 @@ pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) 
 
 /// `cuStreamWriteValue32`, after everything the stream did before.
 pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32) -> Result<()> {
-    let (allocation, offset) = value_place(address)?;
+    value_place(address)?;
     if flags > 1 {
         return refuse(Status::INVALID_VALUE, "unknown flags of cuStreamWriteValue32");
     }
-    stream.submit(move || allocation.mapping.write(offset, &value.to_le_bytes()))
+    let number = stream.device;
+    stream.submit(move || {
+        if let Some((allocation, offset)) = allocations::range_now(number, address, 4) {
+            allocation.mapping.write(offset, &value.to_le_bytes());
+        }
+    })
 }
 
-/// DAPI 6.21: the address of a 32-bit operation is a multiple of 4.
-fn value_place(address: u64) -> Result<(allocations::Allocation, usize)> {
+/// The reference says nothing of a location that is no multiple of 4; it is refused aloud.
+fn value_place(address: u64) -> Result<()> {
     if !address.is_multiple_of(4) {
         return refuse(Status::INVALID_VALUE, "a stream memory operation on a misaligned address");
     }
-    allocations::range(address, 4)
+    allocations::range(address, 4).map(drop)
 }

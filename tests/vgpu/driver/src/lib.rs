@@ -23,12 +23,16 @@
 //! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
 //!
-//! Limits: primary contexts only; no graphs, textures, managed memory or kernels from cubins.
+//! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
+//! memory nodes or graphs in them.
 
 mod allocations;
+mod capture;
 mod device;
 mod entry;
 mod event;
+mod graph;
+mod handles;
 mod ipc;
 mod launch;
 mod mapping;

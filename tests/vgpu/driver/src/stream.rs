@@ -1,25 +1,28 @@
 //! Streams: one worker thread each, which does in order what it is given.
 //!
 //! The legacy default stream (handle 0 or 1) of a context waits for all work given before to streams that were not made
-//! with `CU_STREAM_NON_BLOCKING`, and their later work waits for its (DAPI 4, "Stream synchronization behavior").
+//! with `CU_STREAM_NON_BLOCKING`, and their later work waits for its (DAPI 3, "Stream synchronization behavior").
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
+use crate::capture;
 use crate::device;
 use crate::status::{Result, Status, refuse};
 
 pub(crate) const NON_BLOCKING: u32 = 1;
 
-type Work = Box<dyn FnOnce() + Send>;
+/// Something that a stream does; a graph does it again and again.
+pub(crate) type Work = Arc<dyn Fn() + Send + Sync>;
 
 pub(crate) struct Stream {
+    pub handle: u64,
     pub device: usize,
     pub flags: u32,
     pub priority: i32,
-    queue: Mutex<(u64, Sender<Work>)>,
+    queue: Mutex<(u64, Sender<Box<dyn FnOnce() + Send>>)>,
     progress: Arc<Progress>,
 }
 
@@ -45,15 +48,15 @@ static NEXT: AtomicU64 = AtomicU64::new(0x5000_0000);
 /// Handles of the contexts' default streams in the table; never given out.
 const DEFAULTS: u64 = 0x4000_0000;
 /// `CU_STREAM_LEGACY`; a null handle is the same stream.
-const LEGACY: u64 = 1;
+pub(crate) const LEGACY: u64 = 1;
 
 fn streams() -> MutexGuard<'static, HashMap<u64, Arc<Stream>>> {
     STREAMS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Stream {
-    fn start(device: usize, flags: u32, priority: i32) -> Result<Stream> {
-        let (sender, works) = channel::<Work>();
+    fn start(handle: u64, device: usize, flags: u32, priority: i32) -> Result<Stream> {
+        let (sender, works) = channel::<Box<dyn FnOnce() + Send>>();
         let progress = Arc::<Progress>::default();
         let own = Arc::clone(&progress);
         let worker = move || {
@@ -64,14 +67,14 @@ impl Stream {
             }
         };
         std::thread::Builder::new().name("vgpu-stream".into()).spawn(worker).map_err(|_| Status::OPERATING_SYSTEM)?;
-        Ok(Stream { device, flags, priority, queue: Mutex::new((0, sender)), progress })
+        Ok(Stream { handle, device, flags, priority, queue: Mutex::new((0, sender)), progress })
     }
 
     pub fn create(device: usize, flags: u32, priority: i32) -> Result<u64> {
         // DAPI 6.18, `cuStreamCreateWithPriority`: priorities outside the range are clamped.
         let priority = priority.clamp(device::GREATEST_PRIORITY, device::LEAST_PRIORITY);
-        let stream = Arc::new(Stream::start(device, flags, priority)?);
         let handle = NEXT.fetch_add(0x10, Ordering::Relaxed);
+        let stream = Arc::new(Stream::start(handle, device, flags, priority)?);
         streams().insert(handle, stream);
         Ok(handle)
     }
@@ -84,22 +87,28 @@ impl Stream {
             let stream = streams.get(&handle).cloned();
             return stream.map_or_else(|| refuse(Status::INVALID_HANDLE, "no such stream"), Ok);
         }
-        match streams.entry(DEFAULTS + number as u64) {
+        capture::check_legacy(number)?;
+        let handle = DEFAULTS + number as u64;
+        match streams.entry(handle) {
             std::collections::hash_map::Entry::Occupied(entry) => Ok(Arc::clone(entry.get())),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                Ok(Arc::clone(entry.insert(Arc::new(Stream::start(number, 0, device::LEAST_PRIORITY)?))))
+                Ok(Arc::clone(entry.insert(Arc::new(Stream::start(handle, number, 0, device::LEAST_PRIORITY)?))))
             }
         }
     }
 
     /// DAPI 6.18, `cuStreamDestroy`: returns at once; what was given to the stream is still done.
     pub fn destroy(handle: u64) -> Result<()> {
-        streams().remove(&handle).map(drop).map_or_else(|| refuse(Status::INVALID_HANDLE, "no such stream"), Ok)
+        let Some(stream) = streams().remove(&handle) else {
+            return refuse(Status::INVALID_HANDLE, "no such stream");
+        };
+        capture::leave(&stream);
+        Ok(())
     }
 
-    fn is_default(&self) -> bool {
-        let default = streams().get(&(DEFAULTS + self.device as u64)).map(Arc::as_ptr);
-        default == Some(std::ptr::from_ref(self))
+    /// Whether it is the legacy default stream of its context.
+    pub fn is_default(&self) -> bool {
+        self.handle == DEFAULTS + self.device as u64
     }
 
     /// What must be done before work given to this stream now: other streams' progress and how far.
@@ -121,17 +130,18 @@ impl Stream {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Appends `work`. It is left out if the context has failed by then.
-    pub fn submit(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    /// Appends `work`, or captures it. It is left out if the context has failed by then.
+    pub fn submit(&self, work: impl Fn() + Send + Sync + 'static) -> Result<()> {
         let number = self.device;
-        self.submit_always(move || {
+        let work: Work = Arc::new(move || {
             if device::check_sticky(number).is_ok() {
                 work();
             }
-        })
+        });
+        if capture::add(self, &work)? { Ok(()) } else { self.submit_always(move || work()) }
     }
 
-    /// Appends `work` that is done whatever happens: for whoever waits for it.
+    /// Appends `work` that is done whatever happens, and is never captured: for whoever waits for it.
     pub fn submit_always(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
         let predecessors = self.predecessors();
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -145,13 +155,15 @@ impl Stream {
 
     /// Waits for everything given so far; then the context's error, if there is one.
     pub fn synchronize(&self) -> Result<()> {
+        capture::check_question(self)?;
         self.predecessors().iter().for_each(|(progress, number)| progress.wait(*number));
         self.progress.wait(self.submitted());
         device::check_sticky(self.device)
     }
 
-    pub fn is_idle(&self) -> bool {
-        *self.progress.completed() >= self.submitted()
+    pub fn is_idle(&self) -> Result<bool> {
+        capture::check_question(self)?;
+        Ok(*self.progress.completed() >= self.submitted())
     }
 
     /// Waits for all streams of a device.

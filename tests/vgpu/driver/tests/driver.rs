@@ -2,73 +2,18 @@
 
 #[path = "support/kernels.rs"]
 mod kernels;
+#[path = "support/raw.rs"]
+mod raw;
 mod support;
-
-use std::ffi::{CString, c_void};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
+use raw::{Module, NON_BLOCKING, alloc, code, context, launch, read, write};
 use support::{Peer, as_peer, hex, listen, on_virtual_gpu, say, unhex};
-
-const NON_BLOCKING: result::stream::StreamKind = result::stream::StreamKind::NonBlocking;
-
-/// The primary context of device 0, current.
-fn context() {
-    result::init().unwrap();
-    let device = result::device::get(0).unwrap();
-    // SAFETY: a device that the driver has just named; its context stays retained.
-    unsafe { result::ctx::set_current(result::primary_ctx::retain(device).unwrap()).unwrap() };
-}
-
-fn alloc(len_bytes: usize) -> sys::CUdeviceptr {
-    // SAFETY: nothing reads the memory before it is written.
-    unsafe { result::malloc_sync(len_bytes) }.unwrap()
-}
-
-fn write(address: sys::CUdeviceptr, words: &[u32]) {
-    // SAFETY: every caller's words fit its allocation.
-    unsafe { result::memcpy_htod_sync(address, words) }.unwrap();
-}
-
-fn read(address: sys::CUdeviceptr, len_words: usize) -> Vec<u32> {
-    let mut words = vec![0; len_words];
-    // SAFETY: every caller's words lie in its allocation.
-    unsafe { result::memcpy_dtoh_sync(&mut words, address) }.unwrap();
-    words
-}
-
-struct Module(sys::CUmodule);
-
-impl Module {
-    fn load(ptx: &str) -> Result<Module, DriverError> {
-        let text = CString::new(ptx).unwrap();
-        // SAFETY: a zero-terminated text.
-        unsafe { result::module::load_data(text.as_ptr().cast()) }.map(Module)
-    }
-
-    fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
-        // SAFETY: the module was loaded and is never unloaded.
-        unsafe { result::module::get_function(self.0, CString::new(name).unwrap()) }
-    }
-}
-
-fn launch(
-    function: sys::CUfunction,
-    threads: u32,
-    stream: sys::CUstream,
-    arguments: &mut [*mut c_void],
-) -> Result<(), DriverError> {
-    // SAFETY: every caller passes what its kernel takes.
-    unsafe { result::launch_kernel(function, (1, 1, 1), (threads, 1, 1), 0, stream, arguments) }
-}
 
 fn add(function: sys::CUfunction, mut data: u64, mut term: u32, threads: u32) -> Result<(), DriverError> {
     let arguments = &mut [(&raw mut data).cast(), (&raw mut term).cast()];
     launch(function, threads, result::stream::null(), arguments)
-}
-
-fn code<T>(result: Result<T, DriverError>) -> CUresult {
-    result.map_or_else(|error| error.0, |_| CUresult::CUDA_SUCCESS)
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! DAPI 6.7, 6.8, 6.29: primary contexts, the current context, peers.
+//! DAPI 6.7, 6.8, 6.31: primary contexts, the current context, peers.
 
 use std::ffi::{c_int, c_uint};
 
 use super::Out;
+use crate::capture;
 use crate::device::{self, GREATEST_PRIORITY, LEAST_PRIORITY};
 use crate::status::{Status, answer};
 use crate::stream::Stream;
@@ -37,7 +38,11 @@ extern "C" fn cuCtxGetDevice(out: Out<c_int>) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxSynchronize() -> u32 {
-    answer(|| Stream::synchronize_device(device::current()?))
+    answer(|| {
+        let number = device::current()?;
+        capture::check_context_question(number)?;
+        Stream::synchronize_device(number)
+    })
 }
 
 #[unsafe(no_mangle)]

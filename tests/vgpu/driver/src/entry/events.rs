@@ -1,27 +1,21 @@
 //! DAPI 6.19: events.
 
-use std::collections::HashMap;
 use std::ffi::c_uint;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::Out;
+use crate::capture;
 use crate::device;
 use crate::event::Event;
+use crate::handles::Handles;
 use crate::status::{Result, Status, answer, refuse};
 use crate::stream::Stream;
 
-static EVENTS: LazyLock<Mutex<HashMap<u64, Arc<Event>>>> = LazyLock::new(Mutex::default);
-static NEXT: AtomicU64 = AtomicU64::new(0x8000_0000);
-
-fn events() -> MutexGuard<'static, HashMap<u64, Arc<Event>>> {
-    EVENTS.lock().unwrap_or_else(PoisonError::into_inner)
-}
+static EVENTS: Handles<Event> = Handles::new("event", 0x8000_0000, Status::INVALID_HANDLE);
 
 fn event(handle: u64) -> Result<Arc<Event>> {
     device::check_initialized()?;
-    let found = events().get(&handle).cloned();
-    found.map_or_else(|| refuse(Status::INVALID_HANDLE, "no such event"), Ok)
+    EVENTS.get(handle)
 }
 
 #[unsafe(no_mangle)]
@@ -32,21 +26,22 @@ extern "C" fn cuEventCreate(out: Out<u64>, flags: c_uint) -> u32 {
         if flags > 7 || flags & 6 == 4 {
             return refuse(Status::INVALID_VALUE, "cuEventCreate with flags that are none");
         }
-        let handle = NEXT.fetch_add(0x10, Ordering::Relaxed);
-        events().insert(handle, Arc::new(Event::new(flags)));
-        out.give(handle)
+        out.give(EVENTS.insert(Event::new(flags)))
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventDestroy_v2(handle: u64) -> u32 {
-    answer(|| events().remove(&handle).map(drop).map_or_else(|| refuse(Status::INVALID_HANDLE, "no such event"), Ok))
+    answer(|| EVENTS.remove(handle))
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventRecord(handle: u64, stream: u64) -> u32 {
     answer(|| {
         let (event, stream) = (event(handle)?, Stream::of(stream)?);
+        if capture::record(&stream, &event)? {
+            return Ok(());
+        }
         let recording = event.mark();
         // Also in a context that has failed: whoever waits goes on, and gets the error.
         stream.submit_always(move || event.complete(recording))
@@ -57,8 +52,13 @@ extern "C" fn cuEventRecord(handle: u64, stream: u64) -> u32 {
 extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 {
     answer(|| {
         let (event, stream) = (event(handle)?, Stream::of(stream)?);
-        if flags > 1 {
-            return Err(Status::INVALID_VALUE);
+        // CU_EVENT_WAIT_EXTERNAL: "This flag is invalid outside of stream capture."
+        if flags != 0 {
+            let status = if capture::is_capturing(&stream) { Status::NOT_SUPPORTED } else { Status::INVALID_VALUE };
+            return refuse(status, "cuStreamWaitEvent with flags");
+        }
+        if capture::wait(&stream, &event)? {
+            return Ok(());
         }
         let recording = event.recording();
         stream.submit_always(move || event.wait(recording))
@@ -69,6 +69,7 @@ extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 
 extern "C" fn cuEventSynchronize(handle: u64) -> u32 {
     answer(|| {
         let event = event(handle)?;
+        capture::check_event(&event)?;
         event.wait(event.recording());
         device::current().map(drop)
     })
@@ -79,11 +80,18 @@ extern "C" fn cuEventQuery(handle: u64) -> u32 {
     answer(|| {
         let event = event(handle)?;
         device::current()?;
+        capture::check_event(&event)?;
+        capture::check_unsafe("cuEventQuery")?;
         if event.is_complete() { Ok(()) } else { Err(Status::NOT_READY) }
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventElapsedTime(ms: Out<f32>, start: u64, end: u64) -> u32 {
-    answer(|| ms.give(event(start)?.elapsed_ms(&*event(end)?)?))
+    answer(|| {
+        let (start, end) = (event(start)?, event(end)?);
+        capture::check_event(&start)?;
+        capture::check_event(&end)?;
+        ms.give(start.elapsed_ms(&end)?)
+    })
 }

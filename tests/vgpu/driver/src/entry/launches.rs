@@ -1,4 +1,4 @@
-//! DAPI 6.22, 6.24: launches and occupancy.
+//! DAPI 6.22, 6.25: launches and occupancy.
 
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -85,12 +85,14 @@ extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     blocks: Out<c_int>,
     function: u64,
     block_threads: c_int,
-    _shared_bytes: usize,
+    shared_bytes: usize,
 ) -> u32 {
     answer(|| {
         device::current()?;
-        module::get(function)?;
-        let threads = usize::try_from(block_threads).map_err(|_| Status::INVALID_VALUE)?;
-        blocks.give(resident_blocks(threads) as c_int)
+        let shared_bytes = shared_bytes.saturating_add(module::get(function)?.kernel().shared_bytes());
+        match usize::try_from(block_threads) {
+            Ok(threads @ 1..) => blocks.give(resident_blocks(threads, shared_bytes) as c_int),
+            _ => refuse(Status::INVALID_VALUE, "the occupancy of blocks without threads"),
+        }
     })
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::Out;
 use crate::allocations::{self, Allocation, Kind};
+use crate::capture;
 use crate::device;
 use crate::mapping::Mapping;
 use crate::settings::SETTINGS;
-use crate::status::{Status, answer, refuse};
+use crate::status::{Result, Status, answer, refuse};
 use crate::stream::Stream;
 
 #[unsafe(no_mangle)]
@@ -22,7 +23,11 @@ extern "C" fn cuMemGetInfo_v2(free: Out<usize>, total: Out<usize>) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(address: Out<u64>, len_bytes: usize) -> u32 {
-    answer(|| address.give(allocations::allocate(len_bytes, Kind::Device, device::current()?)?))
+    answer(|| {
+        let number = device::current()?;
+        capture::check_unsafe("cuMemAlloc")?;
+        address.give(allocations::allocate(len_bytes, Kind::Device, number)?)
+    })
 }
 
 /// Waits for the device first: a kernel in flight may use the memory, and CUDA gives no promise that it may be freed under it.
@@ -30,6 +35,7 @@ extern "C" fn cuMemAlloc_v2(address: Out<u64>, len_bytes: usize) -> u32 {
 extern "C" fn cuMemFree_v2(address: u64) -> u32 {
     answer(|| {
         let number = device::current()?;
+        capture::check_unsafe("cuMemFree")?;
         let _ = Stream::synchronize_device(number); // its error comes back from the next call
         allocations::remove(address, "cuMemFree", |kind| matches!(kind, Kind::Device | Kind::Pool)).map(drop)
     })
@@ -40,6 +46,7 @@ extern "C" fn cuMemFree_v2(address: u64) -> u32 {
 extern "C" fn cuMemAllocAsync(address: Out<u64>, len_bytes: usize, stream: u64) -> u32 {
     answer(|| {
         let stream = Stream::of(stream)?;
+        check_not_captured(&stream)?;
         address.give(allocations::allocate(len_bytes, Kind::Pool, stream.device)?)
     })
 }
@@ -48,11 +55,21 @@ extern "C" fn cuMemAllocAsync(address: Out<u64>, len_bytes: usize, stream: u64) 
 extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> u32 {
     answer(|| {
         allocations::range(address, 1)?;
-        Stream::of(stream)?.submit_always(move || {
+        let stream = Stream::of(stream)?;
+        check_not_captured(&stream)?;
+        stream.submit_always(move || {
             // Refused aloud; there is nobody to return it to.
             let _ = allocations::remove(address, "cuMemFreeAsync", |kind| kind == Kind::Pool);
         })
     })
+}
+
+/// Captured, both would become nodes of the graph, which this driver does not have.
+fn check_not_captured(stream: &Stream) -> Result<()> {
+    if capture::is_capturing(stream) {
+        return refuse(Status::NOT_SUPPORTED, "memory of a pool in a capture");
+    }
+    Ok(())
 }
 
 #[unsafe(no_mangle)]
@@ -70,13 +87,19 @@ extern "C" fn cuMemGetAddressRange_v2(base: Out<u64>, len_bytes: Out<usize>, add
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostAlloc(address: Out<u64>, len_bytes: usize, _flags: c_uint) -> u32 {
-    answer(|| address.give(allocations::allocate(len_bytes, Kind::Pinned, device::current()?)?))
+    answer(|| {
+        let number = device::current()?;
+        capture::check_unsafe("cuMemHostAlloc")?;
+        address.give(allocations::allocate(len_bytes, Kind::Pinned, number)?)
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFreeHost(address: u64) -> u32 {
     answer(|| {
-        let _ = Stream::synchronize_device(device::current()?);
+        let number = device::current()?;
+        capture::check_unsafe("cuMemFreeHost")?;
+        let _ = Stream::synchronize_device(number);
         allocations::remove(address, "cuMemFreeHost", |kind| kind == Kind::Pinned).map(drop)
     })
 }
@@ -95,11 +118,16 @@ extern "C" fn cuMemHostGetDevicePointer_v2(out: Out<u64>, host: u64, flags: c_ui
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, _flags: c_uint) -> u32 {
+extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, flags: c_uint) -> u32 {
     answer(|| {
         let number = device::current()?;
-        if len_bytes == 0 {
-            return Err(Status::INVALID_VALUE);
+        capture::check_unsafe("cuMemHostRegister")?;
+        // "Using this flag .. with a device that does not have this attribute set": READ_ONLY, and READ_ONLY_HOST_REGISTER.
+        if flags & 8 != 0 {
+            return refuse(Status::NOT_SUPPORTED, "cuMemHostRegister of memory as read-only");
+        }
+        if len_bytes == 0 || flags > 7 {
+            return refuse(Status::INVALID_VALUE, "cuMemHostRegister of nothing, or with flags that are none");
         }
         // SAFETY: the driver API asks its caller to keep the memory until cuMemHostUnregister, which drops the mapping.
         let mapping = unsafe { Mapping::borrowed(address, len_bytes) }.ok_or(Status::INVALID_VALUE)?;
@@ -119,7 +147,9 @@ extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, _flags: c_uin
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostUnregister(address: u64) -> u32 {
     answer(|| {
-        let _ = Stream::synchronize_device(device::current()?);
+        let number = device::current()?;
+        capture::check_unsafe("cuMemHostUnregister")?;
+        let _ = Stream::synchronize_device(number);
         let removed = allocations::remove(address, "cuMemHostUnregister", |kind| kind == Kind::Registered);
         removed.map(drop).map_err(|_| Status::HOST_MEMORY_NOT_REGISTERED)
     })

@@ -7,6 +7,7 @@
 mod context;
 mod copies;
 mod events;
+mod graphs;
 mod launches;
 mod memory;
 mod modules;

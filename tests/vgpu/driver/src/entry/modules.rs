@@ -3,9 +3,10 @@
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use super::{In, Out, Text};
+use crate::capture;
 use crate::device;
 use crate::module;
-use crate::status::{Result, Status, answer};
+use crate::status::{Result, Status, answer, refuse};
 
 /// `CUjit_option`: where the compiler's complaint goes, and how many bytes fit.
 const ERROR_LOG_BUFFER: u32 = 5;
@@ -13,6 +14,7 @@ const ERROR_LOG_BUFFER_SIZE_BYTES: u32 = 6;
 
 fn load(out: &Out<u64>, image: &Text, log: impl FnOnce(&str) -> Result<()>) -> Result<()> {
     device::current()?;
+    capture::check_unsafe("cuModuleLoadData")?;
     match module::load(&image.get()?) {
         Ok(handle) => out.give(handle),
         Err((status, why)) => {
@@ -60,6 +62,7 @@ extern "C" fn cuModuleLoadDataEx(
 extern "C" fn cuModuleUnload(module: u64) -> u32 {
     answer(|| {
         device::current()?;
+        capture::check_unsafe("cuModuleUnload")?;
         module::unload(module)
     })
 }
@@ -107,6 +110,8 @@ extern "C" fn cuFuncSetAttribute(function: u64, attribute: u32, value: c_int) ->
         module::get(function)?;
         match attribute {
             8 => module::allow_dynamic_shared(function, usize::try_from(value).map_err(|_| Status::INVALID_VALUE)?),
+            // "Attempting to set a value on a read-only attribute will result in an error (CUDA_ERROR_INVALID_VALUE)".
+            0..8 => refuse(Status::INVALID_VALUE, "cuFuncSetAttribute of a read-only attribute"),
             _ => Ok(()), // preferences
         }
     })

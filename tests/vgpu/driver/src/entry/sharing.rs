@@ -4,6 +4,7 @@ use std::ffi::{c_int, c_uint, c_ulonglong, c_void};
 use std::os::fd::BorrowedFd;
 
 use super::{In, Out};
+use crate::capture;
 use crate::device;
 use crate::ipc;
 use crate::status::{Result, Status, answer, refuse};
@@ -20,12 +21,18 @@ struct HandleByValue(ipc::Handle);
 
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcOpenMemHandle_v2(address: Out<u64>, handle: HandleByValue, flags: c_uint) -> u32 {
-    answer(|| address.give(ipc::open(handle.0, flags)?))
+    answer(|| {
+        capture::check_unsafe("cuIpcOpenMemHandle")?;
+        address.give(ipc::open(handle.0, flags)?)
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcCloseMemHandle(address: u64) -> u32 {
-    answer(|| ipc::close(address))
+    answer(|| {
+        capture::check_unsafe("cuIpcCloseMemHandle")?;
+        ipc::close(address)
+    })
 }
 
 // ---- virtual memory management -----------------------------------------------------------------------------------------
@@ -83,6 +90,7 @@ extern "C" fn cuMemGetAllocationGranularity(bytes: Out<usize>, properties: In<Pr
 #[unsafe(no_mangle)]
 extern "C" fn cuMemCreate(handle: Out<u64>, len_bytes: usize, properties: In<Properties>, flags: c_ulonglong) -> u32 {
     answer(|| {
+        capture::check_unsafe("cuMemCreate")?;
         let Properties { kind, handle_types, location, .. } = properties.get()?;
         if kind != 1 || flags != 0 {
             return refuse(Status::INVALID_VALUE, "cuMemCreate of memory that is not CU_MEM_ALLOCATION_TYPE_PINNED");
@@ -147,13 +155,17 @@ extern "C" fn cuMemAddressFree(address: u64, len_bytes: usize) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuMemMap(address: u64, len_bytes: usize, offset: usize, handle: u64, flags: c_ulonglong) -> u32 {
     answer(|| {
+        capture::check_unsafe("cuMemMap")?;
         if flags == 0 { virtual_memory::map(address, len_bytes, offset, handle) } else { Err(Status::INVALID_VALUE) }
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemUnmap(address: u64, len_bytes: usize) -> u32 {
-    answer(|| virtual_memory::unmap(address, len_bytes))
+    answer(|| {
+        capture::check_unsafe("cuMemUnmap")?;
+        virtual_memory::unmap(address, len_bytes)
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -41,7 +41,7 @@ extern "C" fn cuStreamSynchronize(stream: u64) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamQuery(stream: u64) -> u32 {
-    answer(|| if Stream::of(stream)?.is_idle() { Ok(()) } else { Err(Status::NOT_READY) })
+    answer(|| if Stream::of(stream)?.is_idle()? { Ok(()) } else { Err(Status::NOT_READY) })
 }
 
 #[unsafe(no_mangle)]

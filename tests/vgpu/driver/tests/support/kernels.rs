@@ -2,7 +2,8 @@
 
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
-/// `add(u32* data, u32 term)`: each thread of one block adds to its word. `spin(u32* flag)`: until the flag is not 0.
+/// `add(u32* data, u32 term)`: each thread of one block adds to its word. `triple(u32* word)`: of one thread. `spin(u32*
+/// flag)`: until the flag is not 0.
 pub const SMALL: &str = r"
 .version 8.2
 .target sm_80
@@ -21,6 +22,17 @@ pub const SMALL: &str = r"
     ld.global.u32 %r3, [%rd4];
     add.s32 %r4, %r3, %r1;
     st.global.u32 [%rd4], %r4;
+    ret;
+}
+
+.visible .entry triple(.param .u64 triple_param_0)
+{
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<2>;
+    ld.param.u64 %rd1, [triple_param_0];
+    ld.global.u32 %r1, [%rd1];
+    mul.lo.s32 %r2, %r1, 3;
+    st.global.u32 [%rd1], %r2;
     ret;
 }
 
