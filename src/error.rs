@@ -273,6 +273,16 @@ pub enum Error {
         /// The driver's words.
         reason: String,
     },
+    /// A call that the capture of a graph does not allow.
+    #[error("{operation} on device {device} is not possible in the capture of a graph: {reason}")]
+    Capture {
+        /// The device's number in this process.
+        device: u32,
+        /// The call.
+        operation: &'static str,
+        /// The driver's words, or what is wrong.
+        reason: String,
+    },
     /// The driver refused a call.
     #[error("{operation} on device {device} failed with code {code}: {reason}")]
     Cuda {

@@ -5,7 +5,7 @@
 //! peer:                               PeerArena::open(device, exported)     + Buffer::arena_offset_bytes = its address of the buffer
 //! ```
 //! A handle or descriptor covers the whole allocation, so what is sent for a buffer is its offset. Importers close before the
-//! owner frees: CUDA leaves the other order undefined (Driver API, `cuIpcGetMemHandle`), so teardown is collective.
+//! owner frees: CUDA leaves the other order undefined (Driver API, `cuIpcOpenMemHandle`), so teardown is collective.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -60,7 +60,8 @@ impl fmt::Debug for Exported {
     }
 }
 
-/// Memory of a device that peers map. Clones are the same arena; it is freed when they and all buffers in it are gone.
+/// Memory of a device that peers map. Clones are the same arena; it is freed when they and all buffers in it are gone: not
+/// while a graph is being captured on the device, since freeing it waits for the device.
 #[derive(Clone)]
 pub struct Arena(Arc<Core>);
 
@@ -127,8 +128,7 @@ impl Arena {
             }
         };
         // SAFETY: the whole of a fresh allocation.
-        device.check("cuMemsetD8", unsafe { result::memset_d8_sync(block.address(), 0, len_bytes) })?;
-        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        unsafe { device.zero(block.address(), len_bytes) }?;
         let ranges = Mutex::new(RangeAllocator::new(0..len_bytes));
         Ok(Arena(Arc::new(Core { block, len_bytes, ranges })))
     }

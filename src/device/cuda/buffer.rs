@@ -93,10 +93,7 @@ impl Buffer {
         let address = device.check_space("a buffer on the device", len_bytes, made)?;
         let buffer = Buffer::over(Arc::new(Private { device: device.clone(), address }), dtype, len_elems);
         // SAFETY: the whole of a fresh allocation.
-        let zeroed = unsafe { result::memset_d8_sync(address, 0, len_bytes) };
-        device.check("cuMemsetD8", zeroed)?;
-        // The fill may still run, in the default stream, which no stream of ours waits for.
-        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        unsafe { device.zero(address, len_bytes) }?;
         Ok(buffer)
     }
 
@@ -162,7 +159,8 @@ impl Buffer {
     /// has taken them by then (CUDA Driver API, 2, "API synchronization behavior", for pageable memory).
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; [`Error::Capture`], since a graph would copy from wherever the
+    /// elements once were; what the driver says.
     pub fn write<T: Element>(&mut self, elements: &[T], stream: &Stream) -> Result<()> {
         self.view().write(elements, stream)
     }
@@ -290,10 +288,11 @@ impl View {
     /// As [`Buffer::write`].
     pub fn write<T: Element>(&self, elements: &[T], stream: &Stream) -> Result<()> {
         self.check::<T>(elements.len())?;
-        stream.device().bind()?;
+        let access = stream.access()?;
+        access.check_eager("cuMemcpyHtoDAsync")?;
         // SAFETY: the memory has room for exactly these elements and lives as long as the view, which the driver does not
         // need beyond the call: freeing device memory waits for what uses it.
-        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, stream.raw()) };
+        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, access.raw()) };
         stream.device().check("cuMemcpyHtoDAsync", copied)
     }
 
@@ -319,10 +318,12 @@ impl View {
         if self.is_empty() {
             return Ok(());
         }
-        stream.device().bind()?;
-        // SAFETY: both are of this many bytes.
+        let access = stream.access()?;
+        access.keep(self);
+        access.keep(src);
+        // SAFETY: both are of this many bytes, and live as long as a graph that copies them.
         let copied =
-            unsafe { result::memcpy_dtod_async(self.address(), src.address(), self.len_bytes(), stream.raw()) };
+            unsafe { result::memcpy_dtod_async(self.address(), src.address(), self.len_bytes(), access.raw()) };
         stream.device().check("cuMemcpyDtoDAsync", copied)
     }
 
@@ -334,9 +335,10 @@ impl View {
         if self.is_empty() {
             return Ok(());
         }
-        stream.device().bind()?;
-        // SAFETY: the whole of the view.
-        let zeroed = unsafe { result::memset_d8_async(self.address(), 0, self.len_bytes(), stream.raw()) };
+        let access = stream.access()?;
+        access.keep(self);
+        // SAFETY: the whole of the view, which lives as long as a graph that zeroes it.
+        let zeroed = unsafe { result::memset_d8_async(self.address(), 0, self.len_bytes(), access.raw()) };
         stream.device().check("cuMemsetD8Async", zeroed)
     }
 

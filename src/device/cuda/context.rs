@@ -148,6 +148,21 @@ impl Device {
         self.check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.0.context) })
     }
 
+    /// Fills memory with zeroes and waits until it has them. For the default stream, where that is done, and not for the
+    /// context, which would end a capture on another thread.
+    ///
+    /// # Safety
+    /// The bytes are of one live allocation that nobody else uses.
+    pub(super) unsafe fn zero(&self, address: sys::CUdeviceptr, len_bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        self.check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, len_bytes) })?;
+        // The fill may still run, and no stream of ours waits for the default stream.
+        // SAFETY: the context's own default stream.
+        let done = unsafe { result::stream::synchronize(result::stream::null()) };
+        self.check("cuStreamSynchronize", done)
+    }
+
     pub(super) fn check<T>(
         &self,
         operation: &'static str,

@@ -1,11 +1,12 @@
 //! Events on a device.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
 use super::context::Device;
+use super::graph::Capture;
 use super::wait::until_ready;
 use crate::error::Result;
 
@@ -17,6 +18,8 @@ pub struct Event(Arc<Core>);
 struct Core {
     device: Device,
     event: sys::CUevent,
+    /// The capture that it was recorded in last. Locked while it is recorded or waited for.
+    capture: Mutex<Option<Capture>>,
 }
 
 // SAFETY: the driver's functions on events may be called from any thread; the handle is only passed to them.
@@ -33,10 +36,11 @@ impl Event {
         device.bind()?;
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
         let event = device.check("cuEventCreate", event)?;
-        Ok(Event(Arc::new(Core { device: device.clone(), event })))
+        Ok(Event(Arc::new(Core { device: device.clone(), event, capture: Mutex::new(None) })))
     }
 
-    /// Whether the point recorded last was reached, or will never be.
+    /// Whether the point recorded last was reached, or will never be. In a capture, which does nothing, there is no point to
+    /// reach, and asking in vain makes the capture fail.
     pub fn is_complete(&self) -> bool {
         let asked = self.0.device.bind().map(|()| self.ask());
         !matches!(asked, Ok(Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))))
@@ -45,7 +49,8 @@ impl Event {
     /// Blocks the calling thread until the point recorded last is reached.
     ///
     /// # Errors
-    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; what the device failed with.
+    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; [`Error::Capture`](crate::Error::Capture) if it was recorded
+    /// in one; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.0.device.bind()?;
         until_ready(&self.0.device, "of an event", "cuEventQuery", timeout, || self.ask())
@@ -58,6 +63,10 @@ impl Event {
 
     pub(super) fn device(&self) -> &Device {
         &self.0.device
+    }
+
+    pub(super) fn slot(&self) -> MutexGuard<'_, Option<Capture>> {
+        self.0.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn raw(&self) -> sys::CUevent {
@@ -76,6 +85,6 @@ impl Drop for Core {
 
 impl std::fmt::Debug for Event {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Event").field("is_complete", &self.is_complete()).finish()
+        f.debug_struct("Event").field("device", &self.0.device.ordinal()).finish_non_exhaustive()
     }
 }

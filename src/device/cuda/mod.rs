@@ -7,7 +7,7 @@
 //! | [`Buffer`] | memory the host reads | memory of a device; moved by [`Buffer::write`], [`Buffer::read`] |
 //! | [`Arena`] | the rank's memfd | one allocation that peers map: by descriptor, by legacy handle, or as it is |
 //!
-//! Methods with the same name mean the same: `record` marks a point, `wait` makes a stream wait for it without the host,
+//! [`Stream::capture`] makes a [`Graph`] of enqueued work, which only CUDA has. Methods with the same name mean the same: `record` marks a point, `wait` makes a stream wait for it without the host,
 //! `synchronize` waits on the host with a deadline. It is a closed set of two, so the layers above are written against
 //! one or the other as an enum decides; nothing is a trait object.
 //!
@@ -22,6 +22,7 @@ mod context;
 mod driver;
 mod event;
 mod fault;
+mod graph;
 mod modules;
 mod peers;
 mod probe;
@@ -34,6 +35,7 @@ pub use buffer::{Buffer, Pinned, View};
 pub use context::{Device, Uuid};
 pub use driver::{Driver, OLDEST_DRIVER};
 pub use event::Event;
+pub use graph::Graph;
 pub use modules::{Kernels, Shape};
 pub use peers::PeerAccess;
 pub use probe::{Link, ProbeArea, probe_pair};

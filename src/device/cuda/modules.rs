@@ -78,7 +78,8 @@ impl Kernels {
     ///
     /// # Safety
     /// - `arguments` is the type that the kernel takes, and every address in it is of memory that this device reaches, of
-    ///   the length the kernel uses, until the kernel has ended.
+    ///   the length the kernel uses, until the kernel has ended; if the stream captures, for as long as the graph lives, which
+    ///   [`Stream::keep`] sees to.
     /// - Whatever else uses that memory is ordered with the kernel by the stream or by events, or is another side of the
     ///   kernel's own protocol.
     pub unsafe fn launch<T: Pod>(&self, name: &str, shape: Shape, stream: &Stream, arguments: &T) -> Result<()> {
@@ -89,16 +90,17 @@ impl Kernels {
         if !stream.device().is_same(&self.0.device) {
             return refuse("stream", stream.name().to_owned(), "must be of the device that the kernels are loaded on");
         }
-        self.0.device.bind()?;
+        let access = stream.access()?;
+        access.keep(self);
         let Shape { blocks, threads, shared_bytes, cooperative } = shape;
         let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(arguments).cast_mut().cast()];
         let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
         // SAFETY: the driver copies the arguments before it returns; what they say is the caller's promise.
         let launched = unsafe {
             if cooperative {
-                result::launch_cooperative_kernel(*function, grid, block, shared_bytes, stream.raw(), &mut parameters)
+                result::launch_cooperative_kernel(*function, grid, block, shared_bytes, access.raw(), &mut parameters)
             } else {
-                result::launch_kernel(*function, grid, block, shared_bytes, stream.raw(), &mut parameters)
+                result::launch_kernel(*function, grid, block, shared_bytes, access.raw(), &mut parameters)
             }
         };
         self.0.device.check("cuLaunchKernel", launched)

@@ -84,7 +84,7 @@ impl ProbeArea {
     /// [`offset_bytes`](ProbeArea::offset_bytes) says. Ranks are `(own, peer)` and differ.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an offset outside the peer's arena; what the driver says.
+    /// [`Error::InvalidArgument`] for an offset outside the peer's arena; [`Error::Capture`]; what the driver says.
     pub fn start(
         &mut self,
         kernels: &Kernels,
@@ -94,6 +94,7 @@ impl ProbeArea {
         ranks: (u32, u32),
         timeout: Duration,
     ) -> Result<()> {
+        stream.access()?.check_eager("a probe, whose arguments change,")?;
         let theirs = peer.address(peer_offset_bytes, AREA_WORDS * WORD_BYTES)?;
         let own = self.words.address();
         let at = |base: u64, word: usize| base + (word * WORD_BYTES) as u64;

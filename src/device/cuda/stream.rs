@@ -1,6 +1,7 @@
 //! Streams on a device.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::result::stream::{self, StreamKind};
@@ -8,6 +9,7 @@ use cudarc::driver::sys;
 
 use super::context::Device;
 use super::event::Event;
+use super::graph::Capture;
 use super::wait::until_ready;
 use crate::error::{Error, Result};
 
@@ -30,6 +32,9 @@ struct Core {
     device: Device,
     name: String,
     stream: sys::CUstream,
+    /// The capture that the stream takes part in, or took. Locked while work is enqueued, so that none gets into a capture
+    /// unseen.
+    capture: Mutex<Option<Capture>>,
 }
 
 // SAFETY: the driver's functions on streams may be called from any thread; the handle is only passed to them.
@@ -48,7 +53,7 @@ impl Stream {
         let priority = if priority == Priority::High { greatest } else { least };
         let made = stream::create_with_priority(StreamKind::NonBlocking, priority);
         let stream = device.check("cuStreamCreateWithPriority", made)?;
-        Ok(Stream(Arc::new(Core { device: device.clone(), name: name.to_owned(), stream })))
+        Ok(Stream(Arc::new(Core { device: device.clone(), name: name.to_owned(), stream, capture: Mutex::new(None) })))
     }
 
     /// The name given at creation.
@@ -69,7 +74,8 @@ impl Stream {
     /// Marks a point: `event` completes when everything enqueued before has run.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an event of another device; what the driver says.
+    /// [`Error::InvalidArgument`] for an event of another device; [`Error::Capture`] if another thread captures on the
+    /// stream; what the driver says.
     pub fn record(&self, event: &Event) -> Result<()> {
         if !event.device().is_same(&self.0.device) {
             return Err(Error::InvalidArgument {
@@ -78,38 +84,108 @@ impl Stream {
                 accepted: "must be of the stream's device",
             });
         }
-        self.0.device.bind()?;
+        let access = self.access()?;
+        let mut capture = event.slot();
         // SAFETY: both live, in one context, which is current.
-        let recorded = unsafe { cudarc::driver::result::event::record(event.raw(), self.0.stream) };
-        self.0.device.check("cuEventRecord", recorded)
+        let recorded = unsafe { cudarc::driver::result::event::record(event.raw(), access.raw()) };
+        self.0.device.check("cuEventRecord", recorded)?;
+        *capture = access.capture.clone();
+        Ok(())
     }
 
     /// Makes everything enqueued after this call run after the point that `event` has recorded last. The host does not
-    /// wait.
+    /// wait. If the event was recorded in a capture, the stream joins it.
     ///
     /// # Errors
-    /// What the driver says.
+    /// [`Error::Capture`] if only one of the two is in a capture, or another thread's; what the driver says.
     pub fn wait(&self, event: &Event) -> Result<()> {
-        self.0.device.bind()?;
+        let mut access = self.access()?;
+        let capture = event.slot();
+        let capture = capture.as_ref().filter(|capture| capture.is_open());
+        self.check_thread(capture)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both live; the driver remembers the recording, so the event may be destroyed or recorded anew.
-        let waits = unsafe { stream::wait_event(self.0.stream, event.raw(), flags) };
-        self.0.device.check("cuStreamWaitEvent", waits)
+        let waits = unsafe { stream::wait_event(access.raw(), event.raw(), flags) };
+        self.0.device.check("cuStreamWaitEvent", waits)?;
+        if let Some(capture) = capture {
+            access.join(capture);
+        }
+        Ok(())
     }
 
     /// Blocks the calling thread until everything enqueued so far has run.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`; what the device failed with.
+    /// [`Error::Stream`] after `timeout`; [`Error::Capture`] if the stream captures; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
-        self.0.device.bind()?;
+        self.access()?.check_eager("cuStreamQuery")?;
         // SAFETY: the stream lives as long as `self`.
         let ask = || unsafe { sys::cuStreamQuery(self.0.stream) }.result();
         until_ready(&self.0.device, &self.0.name, "cuStreamQuery", timeout, ask)
     }
 
+    /// For enqueueing: makes the context current and locks the stream.
+    ///
+    /// # Errors
+    /// [`Error::Capture`] if another thread captures on the stream; what the driver says.
+    pub(super) fn access(&self) -> Result<Access<'_>> {
+        self.0.device.bind()?;
+        let mut capture = self.slot();
+        if capture.as_ref().is_some_and(|capture| !capture.is_open()) {
+            *capture = None;
+        }
+        self.check_thread(capture.as_ref())?;
+        Ok(Access { stream: self, capture })
+    }
+
+    /// The capture in progress that the stream takes part in.
+    pub(super) fn open_capture(&self) -> Option<Capture> {
+        self.slot().clone().filter(Capture::is_open)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Capture>> {
+        self.0.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_thread(&self, capture: Option<&Capture>) -> Result<()> {
+        if capture.is_some_and(|capture| !capture.is_of_this_thread()) {
+            let reason = format!("another thread captures on stream {}, or the event's", self.0.name);
+            return Err(Error::Capture { device: self.0.device.ordinal(), operation: "enqueueing", reason });
+        }
+        Ok(())
+    }
+}
+
+/// The right to enqueue on a stream. As long as it is held, the stream neither enters nor leaves a capture by others.
+pub(super) struct Access<'s> {
+    stream: &'s Stream,
+    capture: MutexGuard<'s, Option<Capture>>,
+}
+
+impl Access<'_> {
     pub(super) fn raw(&self) -> sys::CUstream {
-        self.0.stream
+        self.stream.0.stream
+    }
+
+    /// As [`Stream::keep`].
+    pub(super) fn keep<T: Clone + Any + Send + Sync>(&self, owner: &T) {
+        if let Some(capture) = &*self.capture {
+            capture.keep(owner);
+        }
+    }
+
+    pub(super) fn join(&mut self, capture: &Capture) {
+        *self.capture = Some(capture.clone());
+    }
+
+    /// Refuses `operation`, which cannot be part of a graph, in a capture.
+    pub(super) fn check_eager(&self, operation: &'static str) -> Result<()> {
+        if self.capture.is_some() {
+            let Core { device, name, .. } = &*self.stream.0;
+            let reason = format!("stream {name} captures");
+            return Err(Error::Capture { device: device.ordinal(), operation, reason });
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,197 @@
+//! CUDA graphs: work that is enqueued once, and from then on with a single call.
+//!
+//! ```text
+//! let mut graph = stream.capture(|| { .. enqueue a step on `stream` .. Ok(()) })?;
+//! loop { .. new numbers in device memory ..; graph.launch(&stream)?; }
+//! ```
+//! Other streams take part by events: what waits for an event recorded in the capture joins it, and must be waited for by
+//! `stream` before the end. Whatever is not enqueued work fails inside: allocating, reading, synchronizing, events recorded
+//! before.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+
+use cudarc::driver::{result, sys};
+
+use super::context::Device;
+use super::stream::Stream;
+use crate::error::{Error, Result};
+
+/// Enqueued work with its order, captured by [`Stream::capture`]. Every launch does all of it again: same kernels, same
+/// arguments, same addresses. It keeps the memory and the kernels that the work uses.
+pub struct Graph {
+    device: Device,
+    executable: sys::CUgraphExec,
+    _kept: Kept,
+}
+
+type Kept = Vec<Box<dyn Any + Send + Sync>>;
+
+// SAFETY: the driver's functions on executable graphs may be called from any thread, one at a time (CUDA Driver API, 4,
+// "Graph object thread safety"): those that are called here take the graph exclusively.
+unsafe impl Send for Graph {}
+// SAFETY: nothing can be done with a shared reference.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Enqueues the whole work on `stream`: after what was enqueued there before, and after the launch before this one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a stream of another device; [`Error::Capture`] if it captures; what the driver says.
+    pub fn launch(&mut self, stream: &Stream) -> Result<()> {
+        if !stream.device().is_same(&self.device) {
+            return Err(Error::InvalidArgument {
+                argument: "stream",
+                value: stream.name().to_owned(),
+                accepted: "must be of the device that the graph was captured on",
+            });
+        }
+        let access = stream.access()?;
+        access.check_eager("cuGraphLaunch")?;
+        // SAFETY: both live; what the work uses is kept by the graph.
+        self.device.check("cuGraphLaunch", unsafe { result::graph::launch(self.executable, access.raw()) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: instantiated by `capture`, destroyed once; the driver lets a launch in flight end first.
+            let _ = unsafe { result::graph::exec_destroy(self.executable) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").field("device", &self.device.ordinal()).finish_non_exhaustive()
+    }
+}
+
+// ---- capture -----------------------------------------------------------------------------------------------------------
+
+/// A capture, as the streams and events in it know it.
+#[derive(Clone)]
+pub(super) struct Capture(Arc<State>);
+
+struct State {
+    /// The thread that captures. Work of others is refused: it could not be kept alive without a race.
+    thread: ThreadId,
+    /// What the graph will keep; none when the capture has ended.
+    kept: Mutex<Option<Kept>>,
+}
+
+impl Capture {
+    fn new() -> Capture {
+        Capture(Arc::new(State { thread: std::thread::current().id(), kept: Mutex::new(Some(Vec::new())) }))
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.kept().is_some()
+    }
+
+    pub(super) fn is_of_this_thread(&self) -> bool {
+        self.0.thread == std::thread::current().id()
+    }
+
+    pub(super) fn keep<T: Clone + Any + Send + Sync>(&self, owner: &T) {
+        if let Some(kept) = &mut *self.kept() {
+            kept.push(Box::new(owner.clone()));
+        }
+    }
+
+    fn end(&self) -> Kept {
+        self.kept().take().unwrap_or_default()
+    }
+}
+
+impl Stream {
+    /// Runs `work`, which enqueues on this stream, and on streams that join by events, without any of it being done; instead
+    /// returns it as a graph. Meanwhile this thread alone may enqueue on those streams.
+    ///
+    /// # Errors
+    /// That of `work`; [`Error::Capture`] for what a capture refuses, or if a stream has joined that this one does not wait
+    /// for; what the driver says. In each case there is no graph, nothing was done, and the streams can be used again.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let device = self.device();
+        let mut open = Open::begin(self)?;
+        work()?;
+        let (graph, kept) = open.end()?;
+        // Kernels keep the priority of the stream they were captured on.
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
+        // SAFETY: a graph that was captured just now.
+        let made = unsafe { result::graph::instantiate(graph, flags) };
+        // SAFETY: as above, and destroyed once; what was instantiated from it lives on.
+        let destroyed = unsafe { result::graph::destroy(graph) };
+        let executable = device.check("cuGraphInstantiate", made)?;
+        let graph = Graph { device: device.clone(), executable, _kept: kept };
+        device.check("cuGraphDestroy", destroyed)?;
+        Ok(graph)
+    }
+
+    /// Has the graph that is being captured on this stream, if one is, keep a clone of `owner`: for who enqueues work that
+    /// uses memory, before enqueueing it.
+    pub fn keep<T: Clone + Any + Send + Sync>(&self, owner: &T) {
+        if let Some(capture) = self.open_capture() {
+            capture.keep(owner);
+        }
+    }
+}
+
+/// A capture that has begun. It is ended in every case, also when the work fails or panics: the stream would be unusable.
+struct Open<'s> {
+    stream: &'s Stream,
+    capture: Capture,
+    is_ended: bool,
+}
+
+impl<'s> Open<'s> {
+    fn begin(stream: &'s Stream) -> Result<Open<'s>> {
+        let mut access = stream.access()?;
+        access.check_eager("cuStreamBeginCapture")?;
+        let capture = Capture::new();
+        // Other threads go on as they like; this one is held to what a graph can repeat.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives, in the current context.
+        let begun = unsafe { result::stream::begin_capture(access.raw(), mode) };
+        stream.device().check("cuStreamBeginCapture", begun)?;
+        access.join(&capture);
+        Ok(Open { stream, capture, is_ended: false })
+    }
+
+    fn end(&mut self) -> Result<(sys::CUgraph, Kept)> {
+        self.is_ended = true;
+        let device = self.stream.device();
+        let graph = self.stream.access().and_then(|access| {
+            // SAFETY: the stream lives, in the current context; its capture began on this thread.
+            let ended = unsafe { result::stream::end_capture(access.raw()) };
+            device.check("cuStreamEndCapture", ended)
+        });
+        // Last: until then work of other threads is refused.
+        let kept = self.capture.end();
+        match graph? {
+            graph if graph.is_null() => Err(Error::Capture {
+                device: device.ordinal(),
+                operation: "cuStreamEndCapture",
+                reason: "the driver gave no graph".to_owned(),
+            }),
+            graph => Ok((graph, kept)),
+        }
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if !self.is_ended
+            && let Ok((graph, _)) = self.end()
+        {
+            // SAFETY: captured just now, and used by nobody.
+            let _ = unsafe { result::graph::destroy(graph) };
+        }
+    }
+}
