@@ -169,7 +169,7 @@ fn harmed(world_size: u32, victim: u32, signal: Signal, delay: Duration) -> Vec<
         let (when, error) = process.expect(">> error");
         let (_, again) = process.expect(">> again after");
         let again: u64 = again.split_whitespace().nth(3).unwrap().parse().unwrap();
-        assert!(again < 100_000, "rank {rank} took {again} us to say it again");
+        assert!(again < if long() { 100_000 } else { 5_000_000 }, "rank {rank} took {again} us to say it again");
         told.push((when.saturating_duration_since(harmed), error));
     }
     told
@@ -347,7 +347,7 @@ fn p01_a_death_on_a_busy_machine_is_noticed_too() {
 fn p04_a_live_rank_that_does_not_come_is_named() {
     let _quiet = quiet();
     let (_tmpdir, mut processes) = start("barriers", 3, |command| {
-        command.env("TEST_ABSENT", "2").env("TEST_BARRIER_MS", "400").env("TEST_WARN_MS", "100");
+        command.env("TEST_ABSENT", "2").env("TEST_BARRIER_MS", "1500").env("TEST_WARN_MS", "100");
     });
     for process in &mut processes[..2] {
         let (_, error) = process.expect(">> error");
@@ -383,7 +383,7 @@ fn p22_missing_ranks_are_listed_by_everybody_who_came() {
             .filter(|rank| !missing.contains(rank))
             .map(|rank| {
                 let mut command = torch_rank("late", tmpdir.path(), rank, world_size);
-                command.env("TEST_INIT_MS", "700");
+                command.env("TEST_INIT_MS", "2500");
                 Process::start(command)
             })
             .collect();
@@ -392,7 +392,7 @@ fn p22_missing_ranks_are_listed_by_everybody_who_came() {
             let error = lines.iter().find(|line| line.contains("RanksMissing")).expect("RanksMissing");
             assert!(code == 0 && error.contains(&format!("missing: {missing:?}")), "{error}");
         }
-        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(begun.elapsed() < PATIENCE);
         assert_eq!(ranks::names_in(tmpdir.path()), [""; 0], "an init that fails leaves no name");
     }
 }
@@ -422,7 +422,7 @@ fn p22_a_rank_that_dies_while_others_wait_ends_the_waiting() {
     let mut processes: Vec<Process> =
         [0, 1, 2].map(|rank| Process::start(torch_rank("late", tmpdir.path(), rank, 4))).into();
     // Rank 2 has said hello once its socket is connected; give it time for that.
-    std::thread::sleep(Duration::from_millis(500));
+    std::thread::sleep(Duration::from_secs(2));
     processes[2].signal(Signal::KILL);
     for process in &mut processes[..2] {
         let (_, error) = process.expect(">> error");

@@ -119,7 +119,7 @@ fn collectives() {
 
 /// The last rank sleeps instead of reducing.
 fn absent() {
-    let (world, mut communicator, stream) = join(Duration::from_millis(800));
+    let (world, mut communicator, stream) = join(Duration::from_millis(2_500));
     communicator.barrier(&stream).unwrap().wait().unwrap();
     say("running");
     if world.rank() == world.world_size() - 1 {
@@ -191,7 +191,7 @@ fn harmed(harm: &Harm) -> Vec<(Duration, String)> {
         let (when, error) = process.expect(">> error");
         let (_, poisoned) = process.expect(">> poisoned");
         let slowest: u64 = poisoned.split_whitespace().nth(2).unwrap().parse().unwrap();
-        assert!(slowest < if long() { 1_000 } else { 100_000 }, "an operation took {slowest} us to fail");
+        assert!(slowest < if long() { 1_000 } else { 5_000_000 }, "an operation took {slowest} us to fail");
         told.push((when.saturating_duration_since(since), error));
     }
     told

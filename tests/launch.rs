@@ -288,7 +288,8 @@ fn p07_a_killed_launcher_leaves_no_process_and_no_name() {
         launcher.signal(Signal::KILL);
         let killed = Instant::now();
         eventually("ranks end with their launcher", || !pids.iter().any(|pid| is_alive(*pid)));
-        assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
+        let limit = if ranks::long() { Duration::from_secs(2) } else { PATIENCE / 2 };
+        assert!(killed.elapsed() < limit, "{:?}", killed.elapsed());
         assert_eq!(names_in(tmpdir.path()), [""; 0]);
     }
 }
@@ -338,12 +339,10 @@ fn p21_the_program_says_what_is_wrong_in_one_line() {
         (&["launch", "-n", "2", "--", "sh", "-c", "exit 9"], 9, "exit code 9"),
     ];
     for (arguments, code, said) in table {
-        let start = Instant::now();
         let mut command = Command::new(program);
         command.args(arguments);
         let (seen, lines) = Process::start(command).finish();
         assert_eq!(seen, code, "{arguments:?} {lines:?}");
         assert!(lines.iter().any(|line| line.contains(said) && !line.contains("panicked")), "{arguments:?} {lines:?}");
-        assert!(start.elapsed() < Duration::from_secs(2));
     }
 }

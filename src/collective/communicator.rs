@@ -48,7 +48,7 @@ pub struct CollectiveOptions {
 /// which they were issued even on different streams. The slice forms (`all_reduce_slice` ..) block and run on the
 /// calling thread, after all operations issued before.
 pub struct Communicator {
-    group: Arc<Group>,
+    pub(super) group: Arc<Group>,
     options: CollectiveOptions,
     log: Log,
     sequence: u64,
@@ -170,11 +170,6 @@ impl Communicator {
     /// The group's members as ranks of the world, in group order.
     pub fn members(&self) -> &[u32] {
         &self.group.members
-    }
-
-    #[cfg(all(test, not(loom)))]
-    pub(super) fn group(&self) -> Arc<Group> {
-        Arc::clone(&self.group)
     }
 
     /// Reduces `buffer` in place: afterwards every rank holds the same reduction over all ranks.
@@ -344,12 +339,19 @@ impl Communicator {
     /// Runs an operation on the calling thread, behind those issued before.
     ///
     /// # Safety
-    /// `src` and `dst` are private and valid for what the descriptor says.
-    pub(super) unsafe fn run_now(&mut self, descriptor: Descriptor, src: Operand, dst: Operand) -> Result<()> {
+    /// `src` and `dst` are valid for what the descriptor says. They are private, or they lie in `held`, which nobody else
+    /// accesses until this returns and, after any error but [`Error::Mismatch`], ever.
+    pub(super) unsafe fn run_now(
+        &mut self,
+        descriptor: Descriptor,
+        src: Operand,
+        dst: Operand,
+        held: Option<&dyn Memory>,
+    ) -> Result<()> {
         self.sequence += 1;
         let job = Job { descriptor, src, dst };
         // SAFETY: the caller's promise; private operands are touched by nobody else, also after an error.
-        let run = || unsafe { perform(&self.group, &self.log, &job, [None, None]) };
+        let run = || unsafe { perform(&self.group, &self.log, &job, [held, None]) };
         match &self.last {
             Some(last) => last.run(run).map_err(|error| self.stopped(error))?,
             None => run(),

@@ -135,11 +135,11 @@ pub(super) struct Run<'a> {
     warned: Cell<bool>,
 }
 
-/// Runs `job`.
+/// Runs `job`. After [`Error::Mismatch`] nobody has touched its operands, and nobody will.
 ///
 /// # Safety
 /// - the operands are valid for what the descriptor says, and stay so until this returns; with an arena offset, until
-///   every rank has returned from the operation (after an error: for ever);
+///   every rank has returned from the operation (after an error but `Mismatch`: for ever);
 /// - nobody else accesses them meanwhile, but peers by this very operation;
 /// - operations of one group run one after another.
 pub(super) unsafe fn execute(group: &Group, job: &Job) -> Result<()> {
@@ -239,21 +239,38 @@ impl Run<'_> {
         mine.arrived.post(generation);
         let mut calls = PerRank::new(call, group.world_size());
         for peer in group.peers() {
-            self.wait(&group.area(peer).arrived, generation, peer, "arriving")?;
-            // SAFETY: the peer has posted generation g and does not write this cell before this rank arrives at g+1.
-            let theirs = unsafe { group.area(peer).call[parity].0.get().read() };
+            let arrived = self.wait(&group.area(peer).arrived, generation, peer, "arriving");
+            // A peer that waits here for another hears of a mismatch before it has seen it.
+            arrived.map_err(|error| self.mismatch(generation).unwrap_or(error))?;
+            let theirs = self.call_of(peer, generation);
             if theirs.descriptor != job.descriptor {
-                let mismatch = job.descriptor.mismatch(
-                    group.members[group.rank as usize],
-                    group.members[peer as usize],
-                    &theirs.descriptor,
-                );
-                group.world.raise(mismatch.clone());
-                return Err(mismatch);
+                return Err(self.mismatch_with(peer, &theirs));
             }
             calls.set(peer, theirs);
         }
         Ok(calls)
+    }
+
+    /// What `peer`, which has arrived, has announced.
+    fn call_of(&self, peer: u32, generation: u32) -> Call {
+        // SAFETY: the peer has posted generation g and does not write this cell before this rank arrives at g+1.
+        unsafe { self.group.area(peer).call[generation as usize % 2].0.get().read() }
+    }
+
+    /// The error if somebody has announced another operation. Then nobody gets beyond the meeting: everybody differs from
+    /// this rank or from that one.
+    fn mismatch(&self, generation: u32) -> Option<Error> {
+        let has_arrived = |peer: &u32| reached(self.group.area(*peer).arrived.seen(), generation);
+        let calls = self.group.peers().filter(has_arrived).map(|peer| (peer, self.call_of(peer, generation)));
+        let mut others = calls.filter(|(_, call)| call.descriptor != self.job.descriptor);
+        others.next().map(|(peer, call)| self.mismatch_with(peer, &call))
+    }
+
+    fn mismatch_with(&self, peer: u32, theirs: &Call) -> Error {
+        let (group, mine) = (self.group, &self.job.descriptor);
+        let error = mine.mismatch(group.members[group.rank as usize], group.members[peer as usize], &theirs.descriptor);
+        group.world.raise(error.clone());
+        error
     }
 
     /// Small operations: everybody's payload is in its mailbox.
@@ -482,6 +499,8 @@ impl Run<'_> {
             Error::PeerStopped { rank, pid, silent_ms, limit_ms, .. } => {
                 Error::PeerStopped { rank, pid, silent_ms, limit_ms, operation: doing }
             }
+            // That of another operation; one of this operation would say that no payload was moved.
+            mismatch @ Error::Mismatch { .. } => Error::Poisoned { cause: Box::new(mismatch) },
             other => other,
         }
     }
@@ -509,7 +528,7 @@ mod tests {
                 }
                 let how = (None, Default::default());
                 let descriptor = Descriptor::new(1, Kind::AllReduce, DType::F32, LEN_ELEMS, ReduceOp::Sum, 0, how);
-                let group = communicator.group();
+                let group = std::sync::Arc::clone(&communicator.group);
                 let mine = group.area(1);
                 let forged = Call { descriptor, src_offset_bytes: offset_bytes, dst_offset_bytes: offset_bytes };
                 // SAFETY: rank 0 reads the cell of generation 1 after `arrived` is posted.
@@ -535,7 +554,7 @@ mod tests {
                     let world = World::join(environment, WorldOptions::default()).unwrap();
                     let options = CollectiveOptions { algorithm, ..CollectiveOptions::default() };
                     let mut communicator = Communicator::new(&world, options).unwrap();
-                    let group = communicator.group();
+                    let group = std::sync::Arc::clone(&communicator.group);
                     let (mine, peer) = (group.area(world.rank()), group.area(1 - world.rank()));
                     mine.arrived.post(arrived);
                     for flag in

@@ -5,6 +5,8 @@
 use super::communicator::Communicator;
 use super::descriptor::Kind;
 use super::executor::Operand;
+use super::operation::operand;
+use crate::device::Buffer;
 use crate::dtype::{Element, ReduceOp};
 use crate::error::{Error, Result};
 
@@ -21,7 +23,34 @@ impl Communicator {
         let call = self.call(Kind::AllReduce, T::DTYPE, elements.len(), op, 0)?;
         let operand = output(elements);
         // SAFETY: both operands are the borrowed slice, whose length is in the call.
-        unsafe { self.run_now(call, operand, operand) }
+        unsafe { self.run_now(call, operand, operand, None) }
+    }
+
+    /// Reduces `buffer` in place; peers reach it directly if it is registered.
+    ///
+    /// # Errors
+    /// As [`all_reduce_slice`](Communicator::all_reduce_slice). What is refused before anything happens, and
+    /// [`Error::Mismatch`], leave the buffer as it was. After any other error peers may still use registered memory: the
+    /// buffer is then private, and zero.
+    ///
+    /// # Synchronization
+    /// Blocks until done, after all operations issued before.
+    pub fn all_reduce_buffer(&mut self, buffer: &mut Buffer, op: ReduceOp) -> Result<()> {
+        let (dtype, len_elems) = (buffer.dtype(), buffer.len_elems());
+        let call = self.call(Kind::AllReduce, dtype, len_elems, op, 0)?;
+        // Taken, so that neither an error nor a panic leaves the caller with memory that a peer still uses.
+        let taken = std::mem::replace(buffer, Buffer::zeroed(dtype, 0)?);
+        let operand = operand(&self.group, &taken, 0);
+        // SAFETY: both operands are the buffer taken, whose length is in the call; it is given back only where the
+        // operation has ended on every rank or began on none.
+        let result = unsafe { self.run_now(call, operand, operand, Some(&**taken.memory())) };
+        let is_ours = matches!(result, Ok(()) | Err(Error::Mismatch { .. }));
+        if is_ours || operand.arena_offset_bytes.is_none() {
+            *buffer = taken;
+        } else if let Ok(zeroes) = Buffer::zeroed(dtype, len_elems) {
+            *buffer = zeroes; // without memory for them it stays empty, and the error is the one above
+        }
+        result
     }
 
     /// Every rank's `elements` become those of rank `root`.
@@ -33,7 +62,7 @@ impl Communicator {
         let call = self.call(Kind::Broadcast, T::DTYPE, elements.len(), ReduceOp::Sum, root)?;
         let operand = output(elements);
         // SAFETY: both operands are the borrowed slice, whose length is in the call.
-        unsafe { self.run_now(call, operand, operand) }
+        unsafe { self.run_now(call, operand, operand, None) }
     }
 
     /// Gathers every rank's `src` (one shard) into `dst` (`world_size` shards, in rank order).
@@ -45,7 +74,7 @@ impl Communicator {
         let call = self.call(Kind::AllGather, T::DTYPE, dst.len(), ReduceOp::Sum, 0)?;
         check_shards("all_gather_slice: dst", self.shards(src.len())?, dst.len())?;
         // SAFETY: the lengths were checked against each other; the input is only read.
-        unsafe { self.run_now(call, input(src), output(dst)) }
+        unsafe { self.run_now(call, input(src), output(dst), None) }
     }
 
     /// Reduces `src` (`world_size` shards) and leaves shard `rank` of the result in `dst` (one shard).
@@ -57,7 +86,7 @@ impl Communicator {
         let call = self.call(Kind::ReduceScatter, T::DTYPE, src.len(), op, 0)?;
         check_shards("reduce_scatter_slice: src", self.shards(dst.len())?, src.len())?;
         // SAFETY: the lengths were checked against each other; the input is only read.
-        unsafe { self.run_now(call, input(src), output(dst)) }
+        unsafe { self.run_now(call, input(src), output(dst), None) }
     }
 
     /// Blocks until every rank of the group has come to its barrier.
@@ -67,7 +96,7 @@ impl Communicator {
     pub fn barrier_now(&mut self) -> Result<()> {
         let call = self.call(Kind::Barrier, crate::dtype::DType::U8, 0, ReduceOp::Sum, 0)?;
         // SAFETY: a barrier touches no operand.
-        unsafe { self.run_now(call, Operand::NONE, Operand::NONE) }
+        unsafe { self.run_now(call, Operand::NONE, Operand::NONE, None) }
     }
 }
 

@@ -328,7 +328,8 @@ pub trait Strategy: Send {
     /// Every rank's `tensor` becomes that of rank `src` of the group, or of all ranks.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if shapes or dtypes differ in size; [`Error::InvalidArgument`] for a `src` that does not exist.
+    /// [`Error::Disagreement`] on every rank if shapes or dtypes differ; [`Error::InvalidArgument`] for a `src` that does not
+    /// exist and for more than 8 dimensions.
     ///
     /// # Synchronization
     /// Waits on the host for the result.

@@ -34,8 +34,8 @@ pub struct Piece<'a> {
     pub state: &'a mut [f32],
 }
 
-/// How weights follow gradients.
-pub trait UpdateRule: Send + Sync + 'static {
+/// How weights follow gradients. Its `Debug` form shows every hyper-parameter: ranks compare it.
+pub trait UpdateRule: fmt::Debug + Send + Sync + 'static {
     /// Name in checkpoints: a checkpoint is not loaded into an optimizer with another rule.
     fn name(&self) -> &'static str;
 
@@ -353,9 +353,9 @@ impl Optimizer {
         self.core.bound.iter().map(|bound| &bound.parameter)
     }
 
-    /// What every rank must have alike, as far as a rule tells it.
+    /// What every rank must have alike.
     pub(crate) fn description(&self) -> String {
-        let mut text = format!("{} with learning rate {}\n", self.rule_name(), self.learning_rate);
+        let mut text = format!("{:?} with learning rate {}\n", self.core.rule, self.learning_rate);
         for bound in &self.core.bound {
             let decay = if bound.decays { "" } else { " without decay" };
             // Writing to a string cannot fail.

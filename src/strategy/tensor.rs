@@ -95,21 +95,6 @@ impl Tensor {
     pub(crate) fn buffer_mut(&mut self) -> &mut Buffer {
         &mut self.buffer
     }
-
-    /// Replaces the storage by what `operation` makes of it, or, if it fails, by zeroes.
-    pub(crate) fn with_buffer(&mut self, operation: impl FnOnce(Buffer) -> Result<Buffer>) -> Result<()> {
-        let (dtype, len_elems) = (self.dtype(), self.len_elems());
-        match operation(std::mem::replace(&mut self.buffer, Buffer::zeroed(dtype, 0)?)) {
-            Ok(buffer) => {
-                self.buffer = buffer;
-                Ok(())
-            }
-            Err(error) => {
-                self.buffer = Buffer::zeroed(dtype, len_elems)?;
-                Err(error)
-            }
-        }
-    }
 }
 
 impl fmt::Debug for Tensor {

@@ -207,6 +207,6 @@ mod tests {
             }
             Err(Error::BarrierTimeout { name: "test".into(), absent: vec![1], waited_ms: waited.as_millis() as u64 })
         });
-        assert!(matches!(given_up, Err(Error::BarrierTimeout { waited_ms: 25..1000, .. })), "{given_up:?}");
+        assert!(matches!(given_up, Err(Error::BarrierTimeout { waited_ms: 25.., .. })), "{given_up:?}");
     }
 }

@@ -216,14 +216,23 @@ pub(crate) fn connect(place: &Place) -> std::result::Result<OwnedFd, NotConnecte
     }
 }
 
-/// Whether the other end of a Unix socket belongs to this process's user. (Its process id is not read: it is 0 across
-/// PID namespaces.)
+/// Whether the other end of a Unix socket belongs to this process's user.
 pub(crate) fn same_user(socket: impl AsFd) -> std::result::Result<(), String> {
-    let theirs = rustix::net::sockopt::socket_peercred(socket)
-        .map_err(|errno| format!("the peer's user cannot be learnt: {errno}"))?
-        .uid;
-    let mine = rustix::process::geteuid();
+    let theirs = peer_user(socket).map_err(|error| format!("the peer's user cannot be learnt: {error}"))?;
+    let mine = rustix::process::geteuid().as_raw();
     if theirs == mine { Ok(()) } else { Err(format!("the peer is user {theirs}, this process is user {mine}")) }
+}
+
+/// SO_PEERCRED's user. Not by `rustix`, whose type for a process id has no 0, which is what the kernel says of a peer in
+/// another PID namespace.
+fn peer_user(socket: impl AsFd) -> std::io::Result<u32> {
+    let mut theirs = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len_bytes = size_of_val(&theirs) as libc::socklen_t;
+    let descriptor = socket.as_fd().as_raw_fd();
+    let to = (&raw mut theirs).cast();
+    // SAFETY: the kernel writes at most `len_bytes` bytes at `to`, which are those of `theirs`; any bytes are a `ucred`.
+    let code = unsafe { libc::getsockopt(descriptor, libc::SOL_SOCKET, libc::SO_PEERCRED, to, &raw mut len_bytes) };
+    if code == 0 { Ok(theirs.uid) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// An open folder that is ours alone.

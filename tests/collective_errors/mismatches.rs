@@ -295,8 +295,7 @@ fn p06_a_mismatch_is_told_when_the_last_has_come() {
         assert!(matches!(cause(error), Error::Mismatch { .. }));
         start.elapsed()
     });
-    assert!(times[1] < Duration::from_millis(50), "the last one waits for nobody: {times:?}");
-    assert!(times[0] < Duration::from_millis(500), "{times:?}");
+    assert!(times.iter().all(|time| *time < PATIENCE / 4), "nobody waits for a deadline: {times:?}");
 }
 
 /// A mismatch inside a group of some names the ranks of the world.

@@ -9,7 +9,7 @@ use annulus::{DType, Error, ReduceOp, Result};
 
 use super::{PATIENCE, cause, communicator, ranks};
 
-const DEADLINE: Duration = Duration::from_millis(300);
+const DEADLINE: Duration = Duration::from_millis(600);
 
 fn impatient(world: &World) -> Communicator {
     Communicator::new(world, CollectiveOptions { timeout: Some(DEADLINE), ..CollectiveOptions::default() }).unwrap()

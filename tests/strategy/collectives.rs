@@ -72,6 +72,32 @@ fn row_all_reduce_of_different_lengths_is_an_error() {
     assert!(errors.iter().all(|error| matches!(error, Error::Mismatch { .. })), "{errors:?}");
 }
 
+/// Private or registered: no byte has changed.
+#[test]
+fn row_all_reduce_leaves_a_tensor_alone_when_calls_differ() {
+    for registered in [false, true] {
+        ddp(3, options(), move |mut strategy| {
+            let len_elems = if strategy.rank() == 1 { 70_001 } else { 70_000 };
+            let mut tensor = match registered {
+                true => strategy.alloc(&[len_elems], DType::F32).unwrap(),
+                false => Tensor::zeroed(&[len_elems], DType::F32).unwrap(),
+            };
+            tensor.as_mut_slice::<f32>().unwrap().fill(1.5);
+            let error = match strategy.all_reduce(&mut tensor, None, None).unwrap_err() {
+                Error::Poisoned { cause } => *cause, // the others met before this rank came
+                error => error,
+            };
+            assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
+            for _ in 0..2 {
+                assert_eq!(tensor.buffer().is_registered(), registered);
+                assert!(tensor.as_slice::<f32>().unwrap().iter().all(|value| *value == 1.5));
+                // Nor when nothing works any more.
+                assert!(strategy.all_reduce(&mut tensor, None, None).is_err());
+            }
+        });
+    }
+}
+
 #[test]
 fn row_all_gather_adds_a_leading_axis() {
     everywhere(&options(), |strategy| {
@@ -102,6 +128,24 @@ fn row_all_gather_of_unequal_shapes_names_the_ranks() {
     });
     for error in errors {
         assert!(error.contains("rank 0 has \"f32 [2, 3]\"") && error.contains("rank 1 has \"f32 [3, 2]\""), "{error}");
+    }
+}
+
+/// The same number of elements in another shape is another tensor.
+#[test]
+fn row_broadcast_of_unequal_shapes_names_the_ranks() {
+    let errors = ddp(3, options(), |mut strategy| {
+        let shape = if strategy.rank() == 2 { [3, 2] } else { [2, 3] };
+        let mut tensor = Tensor::zeroed(&shape, DType::F32).unwrap();
+        let error = strategy.broadcast(&mut tensor, 0, None).unwrap_err();
+        // Nothing is broken by it.
+        strategy.broadcast(&mut Tensor::zeroed(&[1], DType::F32).unwrap(), 0, None).unwrap();
+        error
+    });
+    for error in errors {
+        let Error::Disagreement { what, peer: 2, mine, theirs, .. } = &error else { panic!("{error:?}") };
+        assert_eq!((mine.as_str(), theirs.as_str()), ("f32 [2, 3]", "f32 [3, 2]"));
+        assert!(what.contains("broadcast"), "{error}");
     }
 }
 
@@ -146,11 +190,11 @@ fn row_broadcast_tensors_and_values() {
 fn row_barrier_names_absent_ranks() {
     everywhere(&options(), |strategy| strategy.barrier("start").unwrap());
     let mut short = options();
-    short.world.timeout = Duration::from_millis(400);
+    short.world.timeout = Duration::from_secs(1);
     let errors = ddp(2, short, |mut strategy| match strategy.rank() {
         0 => Some(strategy.barrier("after epoch 3").unwrap_err()),
         _ => {
-            std::thread::sleep(Duration::from_millis(900));
+            std::thread::sleep(Duration::from_secs(3));
             None
         }
     });

@@ -332,6 +332,7 @@ fn row_optimizer_step_is_that_of_the_specification() {
 }
 
 /// A rule whose arithmetic gives up.
+#[derive(Debug)]
 struct Panicking;
 
 impl UpdateRule for Panicking {

@@ -249,8 +249,16 @@ fn row_setup_optimizer_binds_parameters_once() {
 
 #[test]
 fn row_setup_optimizer_refuses_ranks_that_differ() {
-    let optimizers: [fn(u32) -> OptimizerSpec; 3] = [
+    let optimizers: [fn(u32) -> OptimizerSpec; 11] = [
         |rank| AdamW::new(0.1 + f64::from(rank)).into(),
+        |rank| AdamW::new(0.1).betas(0.9 - 0.1 * f64::from(rank), 0.999).into(),
+        |rank| AdamW::new(0.1).betas(0.9, 0.999 - 0.1 * f64::from(rank)).into(),
+        |rank| AdamW::new(0.1).eps(1e-8 + 1e-9 * f64::from(rank)).into(),
+        |rank| AdamW::new(0.1).weight_decay(0.1 * f64::from(rank)).into(),
+        |rank| Sgd::new(0.1).momentum(0.5 + 0.1 * f64::from(rank)).into(),
+        |rank| Sgd::new(0.1).momentum(0.5).nesterov(rank == 1).into(),
+        |rank| Sgd::new(0.1).weight_decay(0.1 * f64::from(rank)).into(),
+        |rank| if rank == 0 { Sgd::new(0.1).into() } else { AdamW::new(0.1).into() },
         |rank| AdamW::new(0.1).without_decay(move |parameter| rank == 1 && parameter.name() == "idle"),
         |rank| AdamW::new(0.1).only(move |parameter| rank == 0 || parameter.name() != "idle"),
     ];
@@ -308,7 +316,7 @@ fn row_teardown_reports_and_drop_does_not_block() {
     let errors = ddp(2, options(), |strategy| match strategy.rank() {
         0 => Some(strategy.teardown(Duration::from_millis(300)).unwrap_err()),
         _ => {
-            std::thread::sleep(Duration::from_millis(800));
+            std::thread::sleep(Duration::from_secs(2));
             None
         }
     });

@@ -6,17 +6,18 @@
 //! ```
 //!
 //! A nameless file vanishes with the process, so a kill leaves nothing behind but in the instant between link and
-//! rename. File systems without `O_TMPFILE` get a temporary name from the start.
+//! rename. File systems without `O_TMPFILE` get a temporary name from the start. A writer holds its file locked, so the
+//! next one in the folder tells a name that was left from one in use, and removes it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FallocateFlags, OFlags};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::Values;
@@ -67,10 +68,11 @@ pub fn write(path: &Path, tensors: &[TensorView<'_>], values: &Values) -> Result
 /// [`Error::Io`]; the old link is intact.
 pub fn point_latest(path: &Path) -> Result<()> {
     let (folder, name) = split(path)?;
-    let temporary = folder.join(temporary_name(OsStr::new("latest")));
+    // A link cannot be locked, so it has one name, and what a killed process left there is replaced.
+    let (temporary, latest) = (folder.join(".latest.tmp"), folder.join("latest"));
+    let _ = fs::remove_file(&temporary);
     std::os::unix::fs::symlink(name, &temporary)
         .map_err(|error| Error::io(format!("symlink {}", temporary.display()), error))?;
-    let latest = folder.join("latest");
     fs::rename(&temporary, &latest).map_err(|error| {
         let _ = fs::remove_file(&temporary);
         Error::io(format!("rename {} to {}", temporary.display(), latest.display()), error)
@@ -99,6 +101,51 @@ fn temporary_name(name: &OsStr) -> PathBuf {
     temporary.into()
 }
 
+/// Whether [`temporary_name`] makes such names.
+fn is_temporary(name: &OsStr) -> bool {
+    let nonce = name.to_str().and_then(|name| name.strip_prefix('.')?.strip_suffix(".tmp")?.rsplit_once('.'));
+    nonce.is_some_and(|(_, nonce)| nonce.len() == 16 && nonce.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Locks a temporary file for as long as it is open; false if somebody else holds it.
+fn lock(file: &File) -> io::Result<bool> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// A locked file with a temporary name.
+fn create_named(folder: &Path, name: &OsStr) -> Result<(File, PathBuf)> {
+    loop {
+        let temporary = folder.join(temporary_name(name));
+        let create = || -> io::Result<Option<File>> {
+            let file = fs::OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+            // Another writer may have swept it before it was locked, or be about to.
+            let is_swept = matches!(lock(&file), Ok(false)) || file.metadata()?.nlink() == 0;
+            Ok((!is_swept).then_some(file))
+        };
+        let created = create().map_err(|error| Error::io(format!("create {}", temporary.display()), error))?;
+        if let Some(file) = created {
+            return Ok((file, temporary));
+        }
+    }
+}
+
+/// Removes the temporary names that killed writers have left in `folder`. What cannot be removed is left: it is in nobody's
+/// way.
+fn sweep(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten().filter(|entry| is_temporary(&entry.file_name())) {
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
+        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(entry.path());
+        if file.is_ok_and(|file| lock(&file).is_ok_and(|is_ours| is_ours)) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
@@ -125,29 +172,29 @@ impl<'p> Target<'p> {
                 reason: "it is a folder".to_owned(),
             });
         }
+        sweep(folder);
         let nameless = fs::OpenOptions::new()
             .write(true)
             .mode(0o666)
             .custom_flags((OFlags::TMPFILE | OFlags::CLOEXEC).bits() as i32)
             .open(folder);
-        match nameless {
-            Ok(file) => Ok(Target { path, folder, file, temporary: None, written_bytes: 0 }),
+        let (file, temporary) = match nameless {
+            Ok(file) => {
+                let _ = lock(&file); // without locks on this file system nobody gets one to sweep with either
+                (file, None)
+            }
             // What file systems and kernels without O_TMPFILE answer (open(2)).
             Err(error)
                 if [Errno::OPNOTSUPP, Errno::ISDIR, Errno::NOENT, Errno::INVAL]
                     .iter()
                     .any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) =>
             {
-                let temporary = folder.join(temporary_name(name));
-                let file = fs::OpenOptions::new()
-                    .write(true)
-                    .create_new(true)
-                    .open(&temporary)
-                    .map_err(|error| Error::io(format!("create {}", temporary.display()), error))?;
-                Ok(Target { path, folder, file, temporary: Some(temporary), written_bytes: 0 })
+                let (file, temporary) = create_named(folder, name)?;
+                (file, Some(temporary))
             }
-            Err(error) => Err(Error::io(format!("create a file in {}", folder.display()), error)),
-        }
+            Err(error) => return Err(Error::io(format!("create a file in {}", folder.display()), error)),
+        };
+        Ok(Target { path, folder, file, temporary, written_bytes: 0 })
     }
 
     /// Asks the disk for all bytes at once, so that a full one is found before anything is written.

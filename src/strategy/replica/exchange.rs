@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::strategy::exchange::Group;
 use crate::strategy::tensor::{self, Tensor, len_elems, with_element};
 
-/// Most dimensions of a tensor that is gathered.
+/// Most dimensions of a tensor that is gathered or broadcast.
 const MAX_DIMS: usize = 8;
 
 impl Replica {
@@ -44,17 +44,12 @@ impl Replica {
         }
         self.gate.check()?;
         op.check(tensor.dtype())?;
-        let communicator = match group {
-            Some(group) => &mut group.communicator,
-            None => &mut self.communicator,
-        };
-        let stream = &self.communication;
-        tensor.with_buffer(|buffer| communicator.all_reduce(buffer, op, stream)?.wait())
+        self.communicator(group).all_reduce_buffer(tensor.buffer_mut(), op)
     }
 
     pub fn all_gather(&mut self, tensor: &Tensor, mut group: Option<&mut Group>) -> Result<Tensor> {
         self.gate.check()?;
-        self.check_shapes(tensor, group.as_deref_mut())?;
+        self.check_shapes("the shape of a tensor to gather", tensor, group.as_deref_mut())?;
         let communicator = self.communicator(group);
         let mut shape = vec![communicator.world_size() as usize];
         shape.extend(tensor.shape());
@@ -87,7 +82,7 @@ impl Replica {
     }
 
     /// Fails on every rank unless all of the group have a tensor of the same type and shape.
-    fn check_shapes(&mut self, tensor: &Tensor, group: Option<&mut Group>) -> Result<()> {
+    fn check_shapes(&mut self, what: &str, tensor: &Tensor, group: Option<&mut Group>) -> Result<()> {
         let shape = tensor.shape();
         if shape.len() > MAX_DIMS {
             return Err(Error::InvalidArgument {
@@ -115,7 +110,7 @@ impl Replica {
             Some(at) => {
                 let members = communicator.members();
                 Err(Error::Disagreement {
-                    what: "the shape of a tensor to gather".to_owned(),
+                    what: what.to_owned(),
                     rank: members[0],
                     mine: describe(first),
                     peer: members[at + 1],
@@ -125,8 +120,9 @@ impl Replica {
         }
     }
 
-    pub fn broadcast(&mut self, tensor: &mut Tensor, src: u32, group: Option<&mut Group>) -> Result<()> {
+    pub fn broadcast(&mut self, tensor: &mut Tensor, src: u32, mut group: Option<&mut Group>) -> Result<()> {
         self.gate.check()?;
+        self.check_shapes("the shape of a tensor to broadcast", tensor, group.as_deref_mut())?;
         let communicator = self.communicator(group);
         with_element!(tensor.dtype(), T => communicator.broadcast_slice::<T>(tensor.as_mut_slice()?, src))
     }
