@@ -22,6 +22,7 @@
 //! | `ANNULUS_VGPU_PEERS` | `all`; `none`: no peer access; `lossy`: claimed, but stores to a peer are lost | `all` |
 //! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
+//! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
 //! memory nodes or graphs in them.

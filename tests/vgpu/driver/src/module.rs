@@ -1,11 +1,12 @@
 //! Modules: PTX text, and the kernels in it by handle.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, refuse};
+use crate::stream::Stream;
 
 /// A kernel of a module, which outlives `cuModuleUnload` while launches are in flight.
 #[derive(Clone)]
@@ -27,6 +28,8 @@ impl Function {
 struct State {
     modules: HashMap<u64, Arc<annulus_vgpu::Module>>,
     functions: HashMap<u64, Function>,
+    /// Kernels whose code is on the device: their module and number.
+    loaded: HashSet<(u64, usize)>,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -77,12 +80,31 @@ pub(crate) fn function(handle: u64, name: &str) -> Result<u64> {
     Ok(function)
 }
 
+/// The first driver that loads a kernel when it is first launched; those before do it in `cuModuleGetFunction` (CUDA C++
+/// Programming Guide 12.2, "Lazy Loading"; DAPI 13.0, `cuModuleGetFunction`: "the function retrieved may be
+/// partially loaded").
+pub(crate) const FIRST_TO_LOAD_AT_LAUNCH: i32 = 12_040;
+
+/// Puts a function's code on the device, if it is not there. "Loading kernels might require context synchronization"
+/// (CUDA C++ Programming Guide 12.2, "Lazy Loading", "Concurrent Execution"): here it always does, so a program that loads
+/// while a kernel waits for it is found out.
+pub(crate) fn load_function(function: u64, device: usize) -> Result<()> {
+    let function = get(function)?;
+    let kernel = (function.owner, function.index);
+    if SETTINGS.loads_lazily && !state().loaded.contains(&kernel) {
+        let _ = Stream::synchronize_device(device); // its error comes back from the next call
+        state().loaded.insert(kernel);
+    }
+    Ok(())
+}
+
 pub(crate) fn unload(handle: u64) -> Result<()> {
     let mut state = state();
     if state.modules.remove(&handle).is_none() {
         return refuse(Status::INVALID_HANDLE, "cuModuleUnload of no module");
     }
     state.functions.retain(|_, function| function.owner != handle);
+    state.loaded.retain(|(module, _)| *module != handle);
     Ok(())
 }
 

@@ -20,6 +20,8 @@ pub(crate) struct Settings {
     pub peers: Peers,
     pub lost: Option<PathBuf>,
     pub watchdog: Duration,
+    /// Functions are loaded when they are needed.
+    pub loads_lazily: bool,
 }
 
 pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
@@ -34,6 +36,11 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
     },
     lost: std::env::var_os("ANNULUS_VGPU_LOST").map(PathBuf::from),
     watchdog: Duration::from_millis(number("ANNULUS_VGPU_WATCHDOG_MS", 60_000)),
+    loads_lazily: match std::env::var("CUDA_MODULE_LOADING").as_deref() {
+        Ok("EAGER") => false,
+        Ok("LAZY") | Err(_) => true,
+        Ok(other) => refuse("CUDA_MODULE_LOADING", other),
+    },
 });
 
 fn number<T: std::str::FromStr>(variable: &str, default: T) -> T {

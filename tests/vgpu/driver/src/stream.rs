@@ -16,13 +16,15 @@ pub(crate) const NON_BLOCKING: u32 = 1;
 
 /// Something that a stream does; a graph does it again and again.
 pub(crate) type Work = Arc<dyn Fn() + Send + Sync>;
+/// Something that it does once.
+type Queued = Box<dyn FnOnce() + Send>;
 
 pub(crate) struct Stream {
     pub handle: u64,
     pub device: usize,
     pub flags: u32,
     pub priority: i32,
-    queue: Mutex<(u64, Sender<Box<dyn FnOnce() + Send>>)>,
+    queue: Mutex<(u64, Sender<Queued>)>,
     progress: Arc<Progress>,
 }
 
@@ -56,7 +58,7 @@ fn streams() -> MutexGuard<'static, HashMap<u64, Arc<Stream>>> {
 
 impl Stream {
     fn start(handle: u64, device: usize, flags: u32, priority: i32) -> Result<Stream> {
-        let (sender, works) = channel::<Box<dyn FnOnce() + Send>>();
+        let (sender, works) = channel::<Queued>();
         let progress = Arc::<Progress>::default();
         let own = Arc::clone(&progress);
         let worker = move || {

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use annulus::abi::{PROBE_THREADS, ProbeArguments};
+use annulus::abi::{ELEMENTWISE_THREADS, PROBE_THREADS, ProbeArguments, ScaleArguments};
 use annulus::device::cuda::{
     Arena, Buffer, Device, Driver, Event, Exported, Kernels, Link, OLDEST_DRIVER, PeerAccess, PeerArena, Pinned,
     Priority, ProbeArea, Shape, Sharing, Stream, Token, Uuid, probe_pair,
@@ -188,6 +188,27 @@ fn memory_runs_out_with_numbers() {
             assert!(matches!(overflow, Err(Error::SizeOverflow { .. })), "{overflow:?}");
         }
         assert_eq!(device.memory_bytes().unwrap(), (8 << 20, 8 << 20), "all given back");
+    });
+}
+
+/// A loaded kernel starts beside one that waits; a lazily loaded one would wait for its end, and be waited for.
+#[test]
+fn a_kernel_starts_for_the_first_time_beside_one_that_runs() {
+    on_virtual_gpu("a_kernel_starts_for_the_first_time_beside_one_that_runs", &[], || {
+        let device = device(0);
+        let kernels = Kernels::load(&device).unwrap();
+        let (first, second) = (stream(&device), stream(&device));
+        let (area, signal) = (Buffer::zeroed(&device, DType::I32, 6), Buffer::zeroed(&device, DType::F32, 8));
+        let (area, signal, event) = (area.unwrap(), signal.unwrap(), Event::new(&device).unwrap());
+        linger(&kernels, &first, &area, Duration::from_secs(3));
+        first.record(&event).unwrap();
+        let arguments = ScaleArguments { signal: signal.address(), ..ScaleArguments::zeroed() }; // of no tensors
+        let shape = Shape { blocks: 1, threads: ELEMENTWISE_THREADS, shared_bytes: 0, cooperative: false };
+        // SAFETY: the kernel's own arguments; the signal outlives it.
+        unsafe { kernels.launch("scale_tensors", shape, &second, &arguments) }.unwrap();
+        second.synchronize(PATIENCE).unwrap();
+        assert!(!event.is_complete(), "the first kernel is still waiting");
+        event.synchronize(PATIENCE).unwrap();
     });
 }
 

@@ -6,6 +6,8 @@ mod kernels;
 mod raw;
 mod support;
 
+use std::time::Duration;
+
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 use raw::{Module, NON_BLOCKING, alloc, code, context, launch, read, write};
@@ -109,6 +111,59 @@ fn what_cuda_refuses_is_refused() {
     });
 }
 
+/// Whether the first launch of `add`, its function loaded before or not, waits for a kernel that is running.
+fn first_launch_waits(is_loaded: bool) -> bool {
+    context();
+    let module = Module::load(kernels::SMALL).unwrap();
+    let (spin, add_function) = (module.function("spin").unwrap(), module.function("add").unwrap());
+    let (mut flag, data) = (alloc(4), alloc(4));
+    write(flag, &[0]);
+    write(data, &[0]);
+    let (first, second) =
+        (result::stream::create(NON_BLOCKING).unwrap(), result::stream::create(NON_BLOCKING).unwrap());
+    if is_loaded {
+        // SAFETY: a function of a loaded module.
+        unsafe { sys::cuFuncLoad(add_function) }.result().unwrap();
+    }
+    launch(spin, 1, first, &mut [(&raw mut flag).cast()]).unwrap();
+    let (sender, launched) = std::sync::mpsc::channel();
+    let (function, stream) = (add_function.addr(), second.addr());
+    let other = std::thread::spawn(move || {
+        context();
+        let (mut data, mut one) = (data, 1u32);
+        let arguments = &mut [(&raw mut data).cast(), (&raw mut one).cast()];
+        let handle = std::ptr::with_exposed_provenance_mut(function);
+        launch(handle, 1, std::ptr::with_exposed_provenance_mut(stream), arguments).unwrap();
+        sender.send(()).unwrap();
+    });
+    let waits = launched.recv_timeout(Duration::from_millis(300)).is_err();
+    // SAFETY: streams live; the flag is a word of device memory.
+    unsafe {
+        let third = result::stream::create(NON_BLOCKING).unwrap();
+        sys::cuStreamWriteValue32_v2(third, flag, 1, 0).result().unwrap();
+        other.join().unwrap();
+        result::stream::synchronize(second).unwrap();
+    }
+    assert_eq!(read(data, 1), [1]);
+    waits
+}
+
+#[test]
+fn a_kernel_is_loaded_lazily_by_an_idle_device() {
+    on_virtual_gpu("a_kernel_is_loaded_lazily_by_an_idle_device", &[], || {
+        assert!(first_launch_waits(false));
+        assert!(!first_launch_waits(true));
+    });
+}
+
+#[test]
+fn a_kernel_is_loaded_early_where_asked_for_and_by_old_drivers() {
+    let name = "a_kernel_is_loaded_early_where_asked_for_and_by_old_drivers";
+    for variables in [("CUDA_MODULE_LOADING", "EAGER"), ("ANNULUS_VGPU_DRIVER_VERSION", "12020")] {
+        on_virtual_gpu(name, &[variables], || assert!(!first_launch_waits(false)));
+    }
+}
+
 /// Opens a handle, adds 1 to each word by a kernel, closes it again.
 #[test]
 fn importer() {
@@ -133,6 +188,51 @@ fn importer() {
         }
         say("done");
         listen();
+    });
+}
+
+/// Keeps a handle open beyond the memory's life.
+#[test]
+fn late_importer() {
+    as_peer("late_importer", || {
+        context();
+        let bytes = unhex(&listen());
+        let handle = sys::CUipcMemHandle_st { reserved: std::array::from_fn(|i| bytes[i].cast_signed()) };
+        let mut address = 0;
+        // SAFETY: a handle from the exporter.
+        unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1) }.result().unwrap();
+        say(read(address, 1)[0]);
+        assert_eq!(listen(), "freed");
+        assert_eq!(read(address, 2), [0xdbdb_dbdb; 2], "rubbish, and no crash");
+        // SAFETY: opened above, and closed once.
+        unsafe {
+            sys::cuIpcCloseMemHandle(address).result().unwrap();
+            assert_eq!(sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1), CUresult::CUDA_ERROR_INVALID_HANDLE);
+        }
+        say("closed");
+        listen();
+    });
+}
+
+/// Undefined in CUDA (Driver API, 6.13, `cuIpcOpenMemHandle`), so this driver has the importer see that its data is gone.
+#[test]
+fn memory_freed_before_its_importer_closes_it_is_rubbish_there() {
+    on_virtual_gpu("memory_freed_before_its_importer_closes_it_is_rubbish_there", &[], || {
+        context();
+        let data = alloc(64);
+        write(data, &[41; 16]);
+        let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
+        // SAFETY: the allocation's base.
+        unsafe { sys::cuIpcGetMemHandle(&mut handle, data) }.result().unwrap();
+        let mut peer = Peer::start("late_importer", &[]);
+        peer.tell(&hex(&handle.reserved.map(i8::cast_unsigned)));
+        assert_eq!(peer.hear(), "41");
+        // SAFETY: too early for the peer, as is tested; the driver is virtual.
+        unsafe { result::free_sync(data) }.unwrap();
+        write(alloc(64), &[1; 16]); // what comes after does not reach the peer
+        peer.tell("freed");
+        assert_eq!(peer.hear(), "closed");
+        peer.finish();
     });
 }
 

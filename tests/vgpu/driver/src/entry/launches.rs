@@ -75,6 +75,7 @@ extern "C" fn cuLaunchCooperativeKernel(
 
 fn enqueue(function: u64, shape: Shape, stream: u64, arguments: &In<*const u8>) -> Result<()> {
     let stream = Stream::of(stream)?;
+    module::load_function(function, stream.device)?;
     let function = module::get(function)?;
     let parameters = parameters(function.kernel(), arguments)?;
     launch::launch(&stream, function, shape, parameters)

@@ -5,7 +5,8 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use super::{In, Out, Text};
 use crate::capture;
 use crate::device;
-use crate::module;
+use crate::module::{self, FIRST_TO_LOAD_AT_LAUNCH};
+use crate::settings::SETTINGS;
 use crate::status::{Result, Status, answer, refuse};
 
 /// `CUjit_option`: where the compiler's complaint goes, and how many bytes fit.
@@ -70,18 +71,18 @@ extern "C" fn cuModuleUnload(module: u64) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleGetFunction(out: Out<u64>, module: u64, name: Text) -> u32 {
     answer(|| {
-        device::current()?;
-        out.give(module::function(module, &name.get()?)?)
+        let number = device::current()?;
+        let function = module::function(module, &name.get()?)?;
+        if SETTINGS.driver_version < FIRST_TO_LOAD_AT_LAUNCH {
+            module::load_function(function, number)?;
+        }
+        out.give(function)
     })
 }
 
-/// Functions are loaded when their module is.
 #[unsafe(no_mangle)]
 extern "C" fn cuFuncLoad(function: u64) -> u32 {
-    answer(|| {
-        device::current()?;
-        module::get(function).map(drop)
-    })
+    answer(|| module::load_function(function, device::current()?))
 }
 
 /// `CUfunction_attribute`
