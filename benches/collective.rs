@@ -48,19 +48,31 @@ enum Kind {
     RegisteredF32,
     PrivateF32,
     RegisteredBf16,
+    /// The caller rewrites its buffer before every call, outside of what is timed, as a backward pass does.
+    RewrittenRegisteredF32,
+    RewrittenPrivateF32,
     FloorCopy,
     FloorUpdate,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] =
-        [Kind::RegisteredF32, Kind::PrivateF32, Kind::RegisteredBf16, Kind::FloorCopy, Kind::FloorUpdate];
+    const ALL: [Kind; 7] = [
+        Kind::RegisteredF32,
+        Kind::PrivateF32,
+        Kind::RegisteredBf16,
+        Kind::RewrittenRegisteredF32,
+        Kind::RewrittenPrivateF32,
+        Kind::FloorCopy,
+        Kind::FloorUpdate,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Kind::RegisteredF32 => "f32 registered",
             Kind::PrivateF32 => "f32 private",
             Kind::RegisteredBf16 => "bf16 registered",
+            Kind::RewrittenRegisteredF32 => "f32 registered rewritten",
+            Kind::RewrittenPrivateF32 => "f32 private rewritten",
             Kind::FloorCopy => "floor copy",
             Kind::FloorUpdate => "floor update",
         }
@@ -70,9 +82,11 @@ impl Kind {
     fn time_ns(self, ranks: impl Iterator<Item = (i64, i64)> + Clone) -> i64 {
         match self {
             // Nobody ends before everybody has come.
-            Kind::RegisteredF32 | Kind::PrivateF32 | Kind::RegisteredBf16 => {
-                ranks.map(|(start, end)| end - start).max().unwrap_or(0)
-            }
+            Kind::RegisteredF32
+            | Kind::PrivateF32
+            | Kind::RegisteredBf16
+            | Kind::RewrittenRegisteredF32
+            | Kind::RewrittenPrivateF32 => ranks.map(|(start, end)| end - start).max().unwrap_or(0),
             // Each is done on its own, one after the other where there are more ranks than cores.
             Kind::FloorCopy | Kind::FloorUpdate => {
                 let first = ranks.clone().map(|(start, _)| start).min().unwrap_or(0);
@@ -100,6 +114,15 @@ enum Memory {
     AllReduce(Option<Buffer>),
     Copy(Vec<u64>, Vec<u64>),
     Update(Vec<u64>),
+}
+
+impl Memory {
+    fn rewrite(&mut self) -> Result<()> {
+        if let Memory::AllReduce(Some(buffer)) = self {
+            std::hint::black_box(buffer.as_mut_slice::<f32>()?).fill(0.0);
+        }
+        Ok(())
+    }
 }
 
 /// One rank: its communicator and the memory of the case it ran last.
@@ -137,6 +160,9 @@ impl Rank {
             let batch = left.min(BATCH) as usize;
             spans.clear();
             for _ in 0..batch {
+                if let Kind::RewrittenRegisteredF32 | Kind::RewrittenPrivateF32 = case.kind {
+                    memory.rewrite()?;
+                }
                 self.communicator.barrier_now()?;
                 let start_ns = now_ns();
                 self.call(&mut memory)?;
@@ -176,8 +202,8 @@ impl Rank {
         Ok(match case.kind {
             Kind::FloorCopy => Memory::Copy(vec![1; words], vec![2; words]),
             Kind::FloorUpdate => Memory::Update(vec![1; words]),
-            Kind::RegisteredF32 => self.checked::<f32>(case.size_bytes, true)?,
-            Kind::PrivateF32 => self.checked::<f32>(case.size_bytes, false)?,
+            Kind::RegisteredF32 | Kind::RewrittenRegisteredF32 => self.checked::<f32>(case.size_bytes, true)?,
+            Kind::PrivateF32 | Kind::RewrittenPrivateF32 => self.checked::<f32>(case.size_bytes, false)?,
             Kind::RegisteredBf16 => self.checked::<bf16>(case.size_bytes, true)?,
         })
     }

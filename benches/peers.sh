@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All-reduce, f32 sum in place: annulus, Open MPI and Gloo by turns on this machine, beside its memory floor.
+# All-reduce, f32 sum in place: annulus, plain C loops, Open MPI and Gloo by turns on this machine, beside its memory floor.
 #
 #     benches/peers.sh                                   2 and 4 ranks, 4 KiB to 256 MiB, 5 rounds: about half an hour
 #     ROUNDS=1 SIZES="65536 1048576" benches/peers.sh    a look
 #
-# Settings, from the environment: ROUNDS, RANKS, SIZES (bytes), SECONDS_EACH (timed calls of one size), PEERS ("mpi gloo").
+# Settings, from the environment: ROUNDS, RANKS, SIZES (bytes), SECONDS_EACH (timed calls of one size), PEERS ("sketch mpi gloo").
 #
 # What is compared: every program checks its sums, warms up, meets at a barrier before each timed call, takes the slowest
 # rank's time, and gives the median. The programs take turns size by size, in another order each round, and before and
@@ -12,6 +12,7 @@
 # machines both change within seconds, so only figures of one turn are compared. The table's ratios are medians, over the
 # rounds, of the ratio within a turn.
 #
+# The sketch is C without any checks over shared memory: ring, direct, and direct chunk by chunk; the best of the three counts.
 # Open MPI runs with the strongest settings we found for one machine: shared memory with bounce buffers for every size
 # (UCX posix and CMA, no rendezvous), and a malloc that keeps its pages, because MPI_Allreduce allocates scratch in every
 # call and would fault it in each time. Gloo has TCP on loopback only.
@@ -24,7 +25,7 @@ rounds=${ROUNDS:-5}
 worlds=${RANKS:-2 4}
 sizes=${SIZES:-4096 16384 65536 262144 1048576 4194304 16777216 67108864 268435456}
 seconds=${SECONDS_EACH:-0.4}
-peers=${PEERS:-mpi gloo}
+peers=${PEERS:-sketch mpi gloo}
 out=target/peers
 figures=$out/figures.tsv
 
@@ -39,6 +40,10 @@ if ! command -v cc >/dev/null; then
     exit 1
 fi
 cc -O3 -march=native -Wall benches/peers/probe.c -o "$out/probe"
+
+build_sketch() {
+    cc -O3 -march=native -Wall benches/peers/all_reduce_sketch.c -o "$out/all_reduce_sketch"
+}
 
 build_mpi() {
     if ! command -v mpicc.openmpi >/dev/null || ! command -v mpirun.openmpi >/dev/null; then
@@ -65,6 +70,16 @@ build_gloo() {
 run_annulus() {
     target/release/annulus bench --ranks "$1" -b "$2" -e "$2" --place in --seconds "$seconds" |
         awk '!/^#/ { if ($13 != 0) { print $13 " wrong" > "/dev/stderr"; exit 1 } print $10 }'
+}
+
+run_sketch() {
+    "$out/all_reduce_sketch" "$1" "$seconds" "$2" |
+        awk '{
+            if ($5 != 0) { print $5 " wrong" > "/dev/stderr"; exit 1 }
+            best = $2
+            for (way = 3; way <= 4; way++) if ($way < best) best = $way
+            print best
+        }'
 }
 
 run_mpi() {
@@ -151,8 +166,8 @@ awk -F '\t' '
         all[name, $4] = all[name, $4] " " $5
     }
     END {
-        print "| ranks | bytes | annulus us | Open MPI us | Open MPI / annulus | Gloo us | Gloo / annulus | floor us | annulus / floor | line ns |"
-        print "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+        print "| ranks | bytes | annulus us | sketch us | sketch / annulus | Open MPI us | Open MPI / annulus | Gloo us | Gloo / annulus | floor us | annulus / floor | line ns |"
+        print "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
         for (i = 1; i <= cases; i++) {
             name = order[i]
             split(name, parts, SUBSEP)
@@ -162,8 +177,9 @@ awk -F '\t' '
                 if (lines[j] + 0 < least) least = lines[j] + 0
                 if (lines[j] + 0 > most) most = lines[j] + 0
             }
-            printf "| %d | %d | %s | %s | %s | %s | %s | %s | %s | %.0f (%.0f to %.0f) |\n", parts[1], parts[2],
-                us(median(all[name, "annulus"])), us(median(all[name, "mpi"])), ratio(name, "mpi", "annulus"),
+            printf "| %d | %d | %s | %s | %s | %s | %s | %s | %s | %s | %s | %.0f (%.0f to %.0f) |\n", parts[1], parts[2],
+                us(median(all[name, "annulus"])), us(median(all[name, "sketch"])), ratio(name, "sketch", "annulus"),
+                us(median(all[name, "mpi"])), ratio(name, "mpi", "annulus"),
                 us(median(all[name, "gloo"])), ratio(name, "gloo", "annulus"), us(median(all[name, "floor"])),
                 ratio(name, "annulus", "floor"), median(all[name, "line"]), least, most
         }

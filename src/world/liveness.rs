@@ -4,16 +4,18 @@
 //! | --- | --- | --- |
 //! | pidfd readable | the process has ended | 0.3-0.4 ms idle, 8 ms under 6 busy loops on 2 cores |
 //! | socket closed | the same, also across PID namespaces; and a world dropped by a thread | the same |
-//! | heartbeat unchanged | the process is stopped, or its machine swaps | the limit (500 ms) + one beat |
+//! | heartbeat unchanged, and /proc calls the process stopped | it is stopped | the limit (500 ms) + one beat |
+//! | heartbeat unchanged, whatever /proc says | it is frozen, or gets neither processor nor memory | 10 limits |
 //! | lifeline closed | our launcher is gone, and nobody else would end this rank: it kills itself | the first figure |
 //!
-//! Beats are 50 ms apart; 16 busy processes on 2 cores stretched them to 64 ms at most. Silence is counted in this
+//! Beats are 50 ms apart; 16 busy processes on 2 cores stretched them to 64 ms at most, compilers and 64 MiB reductions
+//! beside each other to more than 500, which is why the kernel is asked before anybody is accused. Silence is counted in this
 //! thread's own waking time: a pause of this thread adds two beats at most, however long it was, and one longer than
 //! the limit starts all counts afresh. So a suspended machine, or a stopped job that goes on, accuses nobody.
 //!
 //! Cost: 20 wake-ups a second and N loads each.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,6 +32,9 @@ use crate::world::{Core, IDLE};
 const BEAT: Duration = Duration::from_millis(50);
 /// Most silence that one look can add.
 const CREDIT_LIMIT: Duration = Duration::from_millis(100);
+
+/// Limits of silence after which a process counts as lost although the kernel does not call it stopped.
+const STARVED_LIMITS: u32 = 10;
 
 /// The running thread.
 #[derive(Debug)]
@@ -180,7 +185,8 @@ impl Watch {
                 continue; // has not begun: the deadline of the rendezvous counts, not this one
             }
             beats.silent += gap.min(CREDIT_LIMIT);
-            if beats.silent > limit && self.core.board.state(peer.rank) == RankState::Joined {
+            let is_lost = beats.silent > limit && (is_stopped(peer) || beats.silent > limit * STARVED_LIMITS);
+            if is_lost && self.core.board.state(peer.rank) == RankState::Joined {
                 self.core.raise(Error::PeerStopped {
                     rank: peer.rank,
                     pid: peer.pid,
@@ -194,9 +200,51 @@ impl Watch {
     }
 }
 
+/// Whether the kernel says that the peer's process is stopped, by a signal or by a debugger. Where it cannot be asked, as
+/// across PID namespaces, silence is all there is, and means yes.
+fn is_stopped(peer: &Peer) -> bool {
+    let Some(pidfd) = &peer.pidfd else { return false }; // a thread of this process, which is running
+    let read = |path: String| std::fs::read_to_string(path).ok();
+    let state = || {
+        // The descriptor knows the number that the process has in this /proc.
+        let info = read(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim();
+        read(format!("/proc/{pid}/stat"))?.rsplit_once(") ")?.1.chars().next()
+    };
+    matches!(state(), None | Some('T' | 't'))
+}
+
 enum Look {
     Quiet,
     Stop,
     Ended(usize),
     Orphaned,
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+    use super::*;
+
+    /// A process that only gets no processor must not be accused; one that is stopped must.
+    #[test]
+    fn p02_the_kernel_tells_a_stopped_process_from_a_slow_one() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let peer = Peer { rank: 1, pid: child.id(), pidfd: Some(pidfd), socket: None };
+        let start = Instant::now();
+        for (signal, expected) in [(Signal::CONT, false), (Signal::STOP, true), (Signal::CONT, false)] {
+            kill_process(pid, signal).unwrap();
+            while is_stopped(&peer) != expected {
+                assert!(start.elapsed() < Duration::from_secs(30), "after {signal:?}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(is_stopped(&peer), "who cannot be asked about is judged by silence alone");
+        assert!(!is_stopped(&Peer { pidfd: None, ..peer }), "this process is running");
+    }
 }

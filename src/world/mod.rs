@@ -61,8 +61,9 @@ pub struct WorldOptions {
     pub timeout: Duration,
     /// When a wait is worth a warning that names who is missing. 5 s.
     pub warn_after: Duration,
-    /// How long a rank may give no sign of life: 100 ms to 1 h, 500 ms by default; none switches the watch off, for
-    /// debuggers. A rank that dies is noticed all the same.
+    /// How long a stopped rank may give no sign of life: 100 ms to 1 h, 500 ms by default; none switches the watch off, for
+    /// debuggers. One that is not stopped, but frozen or without a processor, has ten times as long. A rank that dies is
+    /// noticed all the same.
     pub heartbeat_limit: Option<Duration>,
     /// Length of this rank's arena in address space, rounded up to pages; memory is taken as it is reserved. 64 GiB.
     /// Where ranks are threads of one process it is capped so that all of them fit.
