@@ -50,6 +50,8 @@ impl Monitor {
     /// # Errors
     /// [`Error::Io`] if there is no descriptor or thread left.
     pub(crate) fn start(core: Arc<Core>, peers: Vec<Peer>, lifeline: Option<Arc<OwnedFd>>) -> Result<Monitor> {
+        // The first beat is not the thread's, which may begin late: whoever has joined can be missed.
+        core.board.beat(core.rank);
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::io("eventfd", errno))?;
         let stop = Arc::new(stop);
