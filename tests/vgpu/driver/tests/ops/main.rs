@@ -2,6 +2,7 @@
 //! what a launch does not do.
 
 mod gpu;
+mod lists;
 mod norm;
 mod step;
 #[path = "../support/mod.rs"]
