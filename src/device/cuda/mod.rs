@@ -28,6 +28,7 @@ mod peers;
 mod probe;
 mod registered;
 mod stream;
+mod timer;
 mod wait;
 
 pub use arena::{Arena, Exported, PeerArena, Sharing, Token};
@@ -41,3 +42,4 @@ pub use peers::PeerAccess;
 pub use probe::{Link, ProbeArea, probe_pair};
 pub use registered::HostRange;
 pub use stream::{Priority, Stream};
+pub use timer::Timer;
