@@ -11,6 +11,7 @@ use crate::module::Function;
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, refuse};
 use crate::stream::Stream;
+use crate::tally;
 
 pub(crate) struct Shape {
     pub grid: [u32; 3],
@@ -82,8 +83,9 @@ pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, paramete
         };
         // Taken now: what was freed before the launch's turn is out of its reach.
         let mut view = View::of(number);
-        if let Err(fault) = run(&[launch], &mut view, &options) {
-            device::fail(number, &fault);
+        match run(&[launch], &mut view, &options) {
+            Ok(report) => tally::add(function.kernel().name(), &report),
+            Err(fault) => device::fail(number, &fault),
         }
     })
 }

@@ -23,6 +23,7 @@
 //! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
+//! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
 //! memory nodes or graphs in them.
@@ -41,4 +42,5 @@ mod module;
 mod settings;
 mod status;
 mod stream;
+mod tally;
 mod virtual_memory;

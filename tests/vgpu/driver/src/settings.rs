@@ -22,6 +22,7 @@ pub(crate) struct Settings {
     pub watchdog: Duration,
     /// Functions are loaded when they are needed.
     pub loads_lazily: bool,
+    pub tally: Option<PathBuf>,
 }
 
 pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
@@ -41,6 +42,7 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
         Ok("LAZY") | Err(_) => true,
         Ok(other) => refuse("CUDA_MODULE_LOADING", other),
     },
+    tally: std::env::var_os("ANNULUS_VGPU_TALLY").map(PathBuf::from),
 });
 
 fn number<T: std::str::FromStr>(variable: &str, default: T) -> T {
