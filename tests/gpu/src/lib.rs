@@ -1,0 +1,24 @@
+//! What a real GPU can say about annulus: whether every kernel has the bits of the host, whether collectives and faults are
+//! what they should be, and how fast it all is beside the card's own copy and beside PyTorch.
+//!
+//! ```text
+//! annulus-gpu                 for each part:  annulus-gpu part NAME      a process of its own, with a time limit
+//!                                             records, a line of JSON each  --> annulus-gpu.json, annulus-gpu.md
+//! ```
+//! A part that crashes, hangs or leaves the device's context broken takes no other part with it.
+
+pub mod card;
+pub mod check;
+pub mod pack;
+pub mod part;
+pub mod pytorch;
+pub mod ranks;
+pub mod record;
+pub mod report;
+pub mod sanitizer;
+pub mod site;
+pub mod tensor;
+pub mod time;
+
+/// What fails is told in words: everything here ends in a report that people read.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

@@ -1,0 +1,88 @@
+//! What every timed operation costs, as far as it can be known without a GPU: bytes that the kernels load and store, beside
+//! the least that there is, and instructions.
+//!
+//!     cargo test -p annulus-gpu --test counts -- --nocapture
+
+#[path = "../../vgpu/driver/tests/support/mod.rs"]
+mod support;
+
+use std::path::Path;
+
+use annulus_gpu::Result;
+use annulus_gpu::site::Site;
+use annulus_gpu::time::cases::CASES;
+use support::on_virtual_gpu;
+
+/// Whole chunks, a part of one, an odd length.
+const LENS: [usize; 3] = [32_768, 20_000, 1021];
+
+/// Bytes an element beside the least: tables, slots, and the heads and tails that are read in small pieces.
+const BESIDE: f64 = 1.4;
+
+#[derive(Default)]
+struct Cost {
+    kernels: Vec<String>,
+    instructions: u64,
+    loaded_bytes: u64,
+    stored_bytes: u64,
+}
+
+/// What the launches since `before` bytes of the tally did.
+fn cost_since(tally: &str, before: usize) -> Cost {
+    let mut cost = Cost::default();
+    for line in tally[before..].lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [instructions, loaded, stored] = [1, 2, 3].map(|at| words[at].parse::<u64>().unwrap());
+        cost.kernels.push(words[0].to_owned());
+        cost.instructions += instructions;
+        cost.loaded_bytes += loaded;
+        cost.stored_bytes += stored;
+    }
+    cost
+}
+
+fn measure() -> Result<()> {
+    let path = std::env::var("ANNULUS_VGPU_TALLY")?;
+    let read = || std::fs::read_to_string(&path).unwrap_or_default();
+    let site = Site::open()?;
+    let len_elems: usize = LENS.iter().sum();
+    let mut table = "| operation | kernels | least B | loaded + stored B | of least | instructions |\n".to_owned();
+    table += "|---|---|---:|---:|---:|---:|\n";
+    for case in CASES {
+        let mut work = (case.prepare)(&site, &LENS)?;
+        site.synchronize()?;
+        let before = read().len();
+        work(&site.stream)?;
+        site.synchronize()?;
+        let Cost { kernels, instructions, loaded_bytes, stored_bytes } = cost_since(&read(), before);
+        let per_elem = |count: u64| count as f64 / len_elems as f64;
+        let (least, moved) = (case.bytes_per_elem as f64, per_elem(loaded_bytes + stored_bytes));
+        table += &format!(
+            "| {} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.1} |\n",
+            case.what,
+            kernels.join("`, `"),
+            per_elem(loaded_bytes),
+            per_elem(stored_bytes),
+            moved / least,
+            per_elem(instructions)
+        );
+        assert!(!kernels.is_empty() && moved >= least, "{}: {moved} bytes an element", case.what);
+        // A chunk is read again to divide it by its largest element; caches hold it.
+        let passes = if kernels.iter().any(|kernel| kernel == "measure_norm_p") { 2.0 } else { 1.0 };
+        assert!(moved <= least * passes + BESIDE, "{}: {moved} bytes an element, {least} would do", case.what);
+    }
+    std::fs::write(Path::new(&path).with_extension("md"), table)?;
+    Ok(())
+}
+
+#[test]
+fn no_operation_moves_a_byte_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tally");
+    let variables = [("ANNULUS_VGPU_TALLY", path.to_str().unwrap())];
+    on_virtual_gpu("no_operation_moves_a_byte_twice", &variables, || measure().unwrap());
+    // Not in the process on the virtual GPU, which was given another file.
+    if let Ok(table) = std::fs::read_to_string(path.with_extension("md")) {
+        println!("{table}");
+    }
+}
