@@ -6,7 +6,7 @@ use super::executor::{self, Group, Job, Operand};
 use super::work::Promise;
 use crate::device::{Buffer, Memory};
 use crate::error::{Error, Result};
-use crate::telemetry::{self, Timeline, Track};
+use crate::telemetry::{Timeline, Track};
 use crate::world::Record;
 
 /// Where operations are told.
@@ -55,7 +55,9 @@ impl Drop for Operation {
 /// # Safety
 /// As for [`executor::execute`]; memory that peers reach is in `memory`.
 pub(super) unsafe fn perform(group: &Group, log: &Log, job: &Job, memory: [Option<&dyn Memory>; 2]) -> Result<()> {
-    let (descriptor, start_ns) = (&job.descriptor, telemetry::now_ns());
+    let descriptor = &job.descriptor;
+    let size_bytes = descriptor.len_elems.saturating_mul(descriptor.dtype().size_bytes() as u64);
+    let span = log.timeline.open(log.track, descriptor.kind().name(), descriptor.sequence as u32, size_bytes);
     let (input_elems, output_elems) = descriptor.sizes_elems(group.world_size());
     let record = Record {
         op: descriptor.kind().name(),
@@ -66,21 +68,16 @@ pub(super) unsafe fn perform(group: &Group, log: &Log, job: &Job, memory: [Optio
         output_elems,
         timeout: group.timeout,
     };
-    let record = group.world.record_start(&record, start_ns);
+    let record = group.world.record_start(&record, span.start_ns());
     let mut attempt = Attempt { group, job, memory, has_succeeded: false };
     // SAFETY: the caller's promise; should an error or a panic end it early, `attempt` sees to it that the memory is never
     // used again.
     let result = unsafe { executor::execute(group, job) };
     attempt.has_succeeded = result.is_ok();
     drop(attempt);
-    let end_ns = telemetry::now_ns();
+    let end_ns = span.close();
     if result.is_ok() {
         group.world.record_end(record, end_ns);
-    }
-    if log.timeline.is_enabled() {
-        let size_bytes = descriptor.len_elems.saturating_mul(descriptor.dtype().size_bytes() as u64);
-        let name = descriptor.kind().name();
-        log.timeline.span(log.track, name, descriptor.sequence as u32, start_ns, end_ns, size_bytes);
     }
     result
 }

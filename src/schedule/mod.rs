@@ -1,4 +1,4 @@
-//! Which rank moves which chunk when, as pure data: no device, no thread, no clock, no heap.
+//! Which rank moves which chunk when, as pure data: no device, no thread, no clock, and no heap but in [`ring_order`].
 //!
 //! The host executor, the CUDA step table and the model checker all read the same [`Schedule`], so a collective is
 //! proved once and interpreted three times. A `Schedule` is a handful of numbers (`Copy`); every [`Step`] is computed
@@ -71,7 +71,10 @@
 #![forbid(unsafe_code)]
 
 mod direct;
+mod order;
 mod ring;
+
+pub use order::ring_order;
 
 use crate::error::{Error, Result};
 

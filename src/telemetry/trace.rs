@@ -26,6 +26,7 @@ use crossbeam::queue::ArrayQueue;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
+use super::nvtx;
 use crate::error::{Error, Result};
 
 /// Largest trace file that [`merge`] reads, so that a wrong path cannot take all memory.
@@ -59,7 +60,7 @@ struct Recorder {
 #[derive(Clone, Copy)]
 enum Record {
     Span { track: Track, name: &'static str, index: u32, start_ns: u64, end_ns: u64, size_bytes: u64 },
-    Counter { name: &'static str, at_ns: u64, value: f64 },
+    Counter { name: &'static str, of: Option<u32>, at_ns: u64, value: f64 },
 }
 
 /// The queue keeps a stamp of one word beside each record.
@@ -142,12 +143,29 @@ impl Timeline {
         }
     }
 
+    /// Opens a span of `name` number `index` that works on `size_bytes` bytes, on the calling thread: now here and in a
+    /// profiler that listens ([`nvtx`]), off or paused timeline or not. It ends when what is returned is closed or dropped.
+    /// Reads the clock twice.
+    #[inline]
+    pub fn open(&self, track: Track, name: &'static str, index: u32, size_bytes: u64) -> Open<'_> {
+        let range = nvtx::range(name, index);
+        Open { timeline: self, track, name, index, size_bytes, start_ns: now_ns(), end_ns: None, _range: range }
+    }
+
     /// Records the value of a counter (loss, tokens per second) at `at_ns`. Values that are not finite are left out of
     /// the file: JSON has no word for them.
     #[inline]
     pub fn counter(&self, name: &'static str, at_ns: u64, value: f64) {
         if let Some(recorder) = self.recording() {
-            recorder.push(Record::Counter { name, at_ns, value });
+            recorder.push(Record::Counter { name, of: None, at_ns, value });
+        }
+    }
+
+    /// As [`counter`](Timeline::counter), of one of several things, whose number `of` is put after the name.
+    #[inline]
+    pub fn counter_of(&self, name: &'static str, of: u32, at_ns: u64, value: f64) {
+        if let Some(recorder) = self.recording() {
+            recorder.push(Record::Counter { name, of: Some(of), at_ns, value });
         }
     }
 
@@ -209,10 +227,10 @@ impl Timeline {
                     }
                     out.write_all(b"}}")?;
                 }
-                Record::Counter { name, at_ns, value } if value.is_finite() => write!(
+                Record::Counter { name, of, at_ns, value } if value.is_finite() => write!(
                     out,
                     ",\n{{\"ph\":\"C\",\"name\":{},\"pid\":{rank},\"tid\":0,\"ts\":{},\"args\":{{\"value\":{value}}}}}",
-                    json_string(name)?,
+                    json_string(&of.map_or_else(|| name.to_owned(), |of| format!("{name} {of}")))?,
                     Microseconds(at_ns),
                 )?,
                 Record::Counter { .. } => {}
@@ -232,6 +250,42 @@ impl Timeline {
             out.flush()
         };
         write().map_err(|source| Error::io(format!("writing the timeline {}", path.display()), source))
+    }
+}
+
+/// A span that has begun: see [`Timeline::open`].
+#[derive(Debug)]
+#[must_use = "dropping it ends the span"]
+pub struct Open<'a> {
+    timeline: &'a Timeline,
+    track: Track,
+    name: &'static str,
+    index: u32,
+    size_bytes: u64,
+    start_ns: u64,
+    end_ns: Option<u64>,
+    /// Closed after the drop below.
+    _range: nvtx::Range,
+}
+
+impl Open<'_> {
+    /// When it began, as [`now_ns`].
+    pub fn start_ns(&self) -> u64 {
+        self.start_ns
+    }
+
+    /// Ends the span; returns when.
+    pub fn close(mut self) -> u64 {
+        let end_ns = now_ns();
+        self.end_ns = Some(end_ns);
+        end_ns
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        let end_ns = self.end_ns.unwrap_or_else(now_ns);
+        self.timeline.span(self.track, self.name, self.index, self.start_ns, end_ns, self.size_bytes);
     }
 }
 
@@ -368,6 +422,7 @@ mod tests {
         timeline.span(communication, "bucket", 7, start_ns, start_ns + 1_001, 4096);
         timeline.counter("loss", start_ns, 1.5);
         timeline.counter("loss", start_ns + 1, f64::NAN);
+        timeline.counter_of("power (W), GPU", 5, start_ns + 2, 250.5);
 
         let mut out = Vec::new();
         timeline.write_json(&mut out).unwrap();
@@ -390,8 +445,9 @@ mod tests {
         assert_eq!(named("thread_name", 1), "backward");
         assert_eq!(named("thread_name", 2), "communi\"cation");
         let counters: Vec<_> = events.iter().filter(|event| event["ph"] == "C").collect();
-        assert_eq!(counters.len(), 1, "the NaN is left out");
+        assert_eq!(counters.len(), 2, "the NaN is left out");
         assert_eq!(counters[0]["args"]["value"], 1.5);
+        assert_eq!((&counters[1]["name"], &counters[1]["args"]["value"]), (&"power (W), GPU 5".into(), &250.5.into()));
     }
 
     #[test]
@@ -420,6 +476,23 @@ mod tests {
         }
         assert_eq!(found[3]["dur"], 0.0);
         assert!(spans(&parse(&timeline)).is_empty(), "writing empties the buffer");
+    }
+
+    #[test]
+    fn open_spans_end_when_closed_or_dropped() {
+        let timeline = Timeline::new(0, 16).unwrap();
+        let track = timeline.track("compute");
+        let outer = timeline.open(track, "step", 7, 0);
+        drop(timeline.open(track, "norm", 8, 64));
+        let start_ns = outer.start_ns();
+        let lasted_ns = outer.close() - start_ns;
+        let trace = parse(&timeline);
+        let found = spans(&trace);
+        assert_eq!((&found[0]["name"], &found[1]["name"]), (&"step".into(), &"norm".into()));
+        assert_eq!((&found[0]["args"]["index"], &found[1]["args"]["bytes"]), (&7.into(), &64.into()));
+        assert_eq!((found[0]["dur"].as_f64().unwrap() * 1e3).round() as u64, lasted_ns);
+        assert!(lasted_ns > 0 && found[1]["ts"].as_f64() >= found[0]["ts"].as_f64());
+        assert!(Timeline::disabled().open(track, "step", 7, 0).close() > start_ns, "the clock is read all the same");
     }
 
     #[test]

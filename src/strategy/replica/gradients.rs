@@ -65,7 +65,7 @@ impl Replica {
         self.report_deferred()?;
         // The loss scale is that which the step in flight leaves behind.
         self.gate.wait()?;
-        let start_ns = now_ns();
+        let span = self.options.timeline.open(self.track, "backward", self.backwards, 0);
         let ReplicatedModule { gradients, no_sync_guards, .. } = &mut self.modules[number];
         let synchronize = !self.reduces || no_sync_guards.load(Ordering::Relaxed) == 0;
         if !gradients.has_any() {
@@ -102,10 +102,9 @@ impl Replica {
             return Err(error);
         }
         gradients.unreduced = !synchronize;
-        let end_ns = now_ns();
         Counters::add(&self.counters.backwards, 1);
-        Counters::add(&self.counters.backward_ns, end_ns.saturating_sub(start_ns));
-        self.options.timeline.span(self.track, "backward", self.backwards, start_ns, end_ns, 0);
+        let start_ns = span.start_ns();
+        Counters::add(&self.counters.backward_ns, span.close().saturating_sub(start_ns));
         self.backwards = self.backwards.wrapping_add(1);
         Ok(())
     }

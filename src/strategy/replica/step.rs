@@ -150,16 +150,15 @@ impl Replica {
         let (counters, timeline, track) = (Arc::clone(&self.counters), self.options.timeline.clone(), self.track);
         let index = self.backwards;
         self.compute.enqueue(move || {
-            let start_ns = now_ns();
+            let span = timeline.open(track, "norm", index, 0);
             let (result, nonfinite) = match gate.guard(|| measure(&core, measurement)) {
                 Ok((total_norm, nonfinite)) => (Ok(total_norm), nonfinite),
                 Err(error) => (Err(error), None),
             };
             *lock(&to.result) = Some(result);
             *lock(&to.nonfinite) = nonfinite;
-            let end_ns = now_ns();
-            Counters::add(&counters.step_ns, end_ns.saturating_sub(start_ns));
-            timeline.span(track, "norm", index, start_ns, end_ns, 0);
+            let start_ns = span.start_ns();
+            Counters::add(&counters.step_ns, span.close().saturating_sub(start_ns));
         })?;
         self.compute.record(&slot.measured)?;
         Ok(slot)
@@ -221,14 +220,13 @@ impl Replica {
         let (counters, timeline, track) = (Arc::clone(&self.counters), self.options.timeline.clone(), self.track);
         let index = self.backwards;
         self.compute.enqueue(move || {
-            let start_ns = now_ns();
+            let span = timeline.open(track, "optimizer step", index, 0);
             // The gate keeps an error for the next call.
             if let Ok(found_inf) = gate.guard(|| step(&core, learning_rate, rounding_seed)) {
                 scaler.iter().for_each(|scaler| lock(scaler).update(found_inf));
             }
-            let end_ns = now_ns();
-            Counters::add(&counters.step_ns, end_ns.saturating_sub(start_ns));
-            timeline.span(track, "optimizer step", index, start_ns, end_ns, 0);
+            let start_ns = span.start_ns();
+            Counters::add(&counters.step_ns, span.close().saturating_sub(start_ns));
         })?;
         self.compute.record(self.gate.step_done())
     }

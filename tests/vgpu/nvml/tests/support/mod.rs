@@ -27,11 +27,12 @@ pub fn with_library(test: &str, library: Option<&Path>, variables: &[(&str, &OsS
         std::os::unix::fs::symlink(library, folder.path().join("libnvidia-ml.so.1")).unwrap();
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]);
+    command.args([test, "--exact", "--include-ignored", "--nocapture", "--quiet", "--test-threads=1"]);
     command.env("LD_LIBRARY_PATH", folder.path()).env(INSIDE, test).envs(variables.iter().copied());
     let output = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{test}:\n{}{}", text(&output.stdout), text(&output.stderr));
+    println!("{}", text(&output.stdout)); // seen with --nocapture
     assert!(text(&output.stdout).contains("1 passed"), "{test} is not the name of the test that calls this");
 }
 
