@@ -84,6 +84,11 @@ impl RunFolder {
         self.0.join("checkpoint.safetensors")
     }
 
+    /// What the GPUs of the machine did meanwhile.
+    pub fn gpus(&self) -> PathBuf {
+        self.0.join("gpus.csv")
+    }
+
     /// The timeline of all ranks.
     pub fn timeline(&self) -> PathBuf {
         self.0.join("timeline.json")

@@ -8,7 +8,7 @@ use annulus::strategy::{
     AdamW, DataLoader, Ddp, Init, Last, Loader, LoaderState, MapStyle, Nonfinite, Optimizer, Precision, Rng, State,
     StateMut, Statistics, Strategy, StrategyOptions, UpdateRule,
 };
-use annulus::telemetry::{self, Timeline, Track};
+use annulus::telemetry::{self, Sampler, Timeline, Track, sampler};
 use annulus::world::Environment;
 
 use crate::adapter::{Loss, Network, TrainingText};
@@ -53,6 +53,8 @@ struct Trainer {
     tracks: Tracks,
     progress: Progress,
     metrics: Option<Metrics>,
+    /// Of rank 0, where there is a GPU.
+    sampler: Option<Sampler>,
     /// Rows not written yet.
     rows: Vec<Row>,
     statistics: Statistics,
@@ -135,6 +137,7 @@ impl Trainer {
             step: 0,
             stop_at: None,
             metrics: None,
+            sampler: None,
             rows: Vec::new(),
             statistics: Statistics::default(),
             settings,
@@ -165,6 +168,8 @@ impl Trainer {
         let json = serde_json::to_string_pretty(&self.settings).map_err(Failure::file(&config))?;
         std::fs::write(&config, json + "\n").map_err(Failure::file(&config))?;
         self.metrics = Some(Metrics::open(self.folder.path(), self.step)?);
+        // A machine without a GPU has nothing to sample, and its user knows.
+        self.sampler = Sampler::start(&self.folder.gpus(), sampler::DEFAULT_PERIOD, self.timeline.clone()).ok();
         self.progress = Progress::new(self.step, self.settings.steps, true);
         let begins = if self.step == 0 { String::new() } else { format!(", from step {}", self.step) };
         self.progress.say(&format!(
@@ -220,12 +225,14 @@ impl Trainer {
     /// One optimizer step.
     fn make_step(&mut self, batch: Batch, epoch: u64) -> Result<Row, Failure> {
         let begin = Instant::now();
-        let start_ns = self.timeline.now_ns();
+        let (timeline, number) = (self.timeline.clone(), self.step as u32 + 1);
+        let step_span = timeline.open(self.tracks.step, "step", number, 0);
+        let forward_span = timeline.open(self.tracks.forward, "forward", number, 0);
         let batch = self.strategy.batch_to_device(batch)?;
         let tape = self.network.gpt.forward(&batch)?;
         let batch_loss = f64::from(tape.loss()?);
         let forward = begin.elapsed();
-        self.timeline.span(self.tracks.forward, "forward", self.step as u32 + 1, start_ns, self.timeline.now_ns(), 0);
+        drop(forward_span);
 
         let loss = Loss::new(tape, &self.timeline, self.tracks.backward);
         self.strategy.backward(&loss, &mut self.network)?;
@@ -248,8 +255,8 @@ impl Trainer {
         let now = self.strategy.statistics();
         let before = std::mem::replace(&mut self.statistics, now);
         let step_time = begin.elapsed();
-        self.timeline.span(self.tracks.step, "step", self.step as u32, start_ns, self.timeline.now_ns(), 0);
-        self.timeline.counter("loss", start_ns, batch_loss);
+        timeline.counter("loss", step_span.start_ns(), batch_loss);
+        drop(step_span);
         Ok(Row {
             step: self.step,
             epoch,
@@ -336,6 +343,10 @@ impl Trainer {
     /// The end of a run: pictures, timeline, text and a summary.
     fn conclude(mut self, finished: bool, first_step: u64, time: Duration) -> Result<(), Failure> {
         let rank = self.strategy.rank();
+        let samples = self.sampler.take().map(Sampler::stop);
+        for line in samples.iter().flatten() {
+            self.progress.say(line);
+        }
         if self.settings.trace_steps > 0 {
             self.timeline.write_file(&self.folder.timeline_of(rank))?;
         }
@@ -346,7 +357,7 @@ impl Trainer {
             }
             metrics::loss_curve(self.folder.path())?.write(self.folder.path())?;
             self.progress.finish();
-            self.summarize(finished, first_step, time)?;
+            self.summarize(finished, first_step, time, samples.is_some())?;
         }
         self.strategy.teardown(TEARDOWN)?;
         Ok(())
@@ -364,7 +375,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn summarize(&mut self, finished: bool, first_step: u64, time: Duration) -> Result<(), Failure> {
+    fn summarize(&mut self, finished: bool, first_step: u64, time: Duration, sampled: bool) -> Result<(), Failure> {
         let rows = metrics::rows(self.folder.path())?;
         // The first steps of a start are slower; medians do not mind.
         let these: Vec<&Row> = rows.iter().filter(|row| row.step > first_step).collect();
@@ -412,6 +423,9 @@ impl Trainer {
             ("files", format!("{folder}/metrics.csv, metrics.jsonl, loss.svg, loss.png, config.json")),
             ("", format!("{folder}/checkpoint.safetensors")),
         ]);
+        if sampled {
+            table.push(("", format!("{folder}/gpus.csv")));
+        }
         if self.settings.trace_steps > 0 {
             table.push(("", format!("{folder}/timeline.json: open it in https://ui.perfetto.dev")));
         }

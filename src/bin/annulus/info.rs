@@ -33,6 +33,8 @@ struct Info {
     version: &'static str,
     machine: Machine,
     backends: Vec<Backend>,
+    /// Nothing where there is no management library.
+    links: Option<gpus::Links>,
     environment: Detected,
     limits: Vec<Limit>,
 }
@@ -72,9 +74,11 @@ struct Limit {
 /// Ends with the exit code that the help tells.
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let machine = Machine::look();
+    let (cuda, links) = cuda();
     let info = Info {
         version: env!("CARGO_PKG_VERSION"),
-        backends: vec![host(&machine), cuda()],
+        backends: vec![host(&machine), cuda],
+        links,
         environment: environment(),
         limits: limits(&machine),
         machine,
@@ -103,6 +107,11 @@ fn describe(info: &Info) -> String {
         lines.extend(backend.probes.iter().map(|probe| {
             format!("  {:<26} {:<4} {}", probe.what, mark(probe.found), probe.detail).trim_end().to_owned()
         }));
+        lines.push(String::new());
+    }
+    if let Some(links) = &info.links {
+        lines.push("links between GPUs, as nvidia-smi topo -m names and numbers them".to_owned());
+        lines.extend(links.text.lines().map(|line| format!("  {line}").trim_end().to_owned()));
         lines.push(String::new());
     }
     let environment = &info.environment;
@@ -214,8 +223,8 @@ fn two_ranks() -> Result<Duration> {
 
 // ---- CUDA --------------------------------------------------------------------------------------------------------------
 
-fn cuda() -> Backend {
-    let findings = gpus::look();
+fn cuda() -> (Backend, Option<gpus::Links>) {
+    let (findings, links) = gpus::look();
     let devices = findings.iter().filter(|finding| finding.found && finding.what.starts_with("device ")).count();
     let mut probes: Vec<_> = findings
         .into_iter()
@@ -226,12 +235,8 @@ fn cuda() -> Backend {
         found: true,
         detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
     });
-    Backend {
-        name: "cuda",
-        available: false,
-        summary: format!("{devices} usable device(s); collectives and strategy run on the host only in this version"),
-        probes,
-    }
+    let summary = format!("{devices} usable device(s); collectives and strategy run on the host only in this version");
+    (Backend { name: "cuda", available: false, summary, probes }, links)
 }
 
 // ---- environment and limits --------------------------------------------------------------------------------------------
