@@ -13,7 +13,7 @@ use crate::abi::collective::{
 };
 use crate::collective::communicator::claim_area;
 use crate::collective::descriptor::{Descriptor, Kind, Partials};
-use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Sharing, Stream, View};
+use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Stream, View};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::schedule::{Algorithm, Collective, Schedule};
@@ -39,8 +39,6 @@ pub struct Options {
     /// Most blocks of an operation: multiprocessors that it takes from what it overlaps with. By default a quarter of the
     /// device's, 32 at most.
     pub channels: Option<u32>,
-    /// How staging reaches other processes.
-    pub sharing: Option<Sharing>,
 }
 
 /// Collective operations among all ranks of a world, each on a device of its own, in one order.
@@ -83,17 +81,8 @@ impl Communicator {
         let (group, region) = claim_area(world)?;
         let device = kernels.device();
         let timeout = options.timeout.unwrap_or(world.options().timeout);
-        let descriptors = device.shares_descriptors().unwrap_or(false);
-        let default = if descriptors { Sharing::Descriptor } else { Sharing::Handle };
-        let meeting = Meeting {
-            world,
-            region,
-            device,
-            kernels,
-            channels: options.channels,
-            sharing: options.sharing.unwrap_or(default),
-            timeout: world.options().timeout,
-        };
+        let meeting =
+            Meeting { world, region, device, kernels, channels: options.channels, timeout: world.options().timeout };
         // From here on a failure gives the area back as a communicator does.
         let leaver = Leaver { world: world.clone(), group, region };
         let connection = meeting.connect()?;
@@ -546,6 +535,9 @@ impl Drop for Communicator {
                 }
             }
         }
-        drop(self.connection.take());
+        if let Some(connection) = self.connection.take() {
+            // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
+            connection.close(&self.world, unsafe { Page::of(self.region, 0) });
+        }
     }
 }

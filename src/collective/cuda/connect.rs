@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   tell       device, channels wanted                          every rank
-//!   offer      own staging, zeroed, by descriptor | handle | in this process
+//!   offer      own staging, zeroed, by handle | in this process
 //!   open       every peer's                                     a pair that cannot on both sides goes over the host
 //!   probe      every pair that could, in rounds of disjoint pairs; a pair that loses a word goes over the host
 //! ```
@@ -10,13 +10,16 @@
 //! none.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::geometry::{Geometry, PAGE_BYTES};
+use super::page::Page;
 use crate::abi::collective::{Link as Addresses, Progress, Protocol};
 use crate::device::cuda::{
     Arena, Buffer, Device, Exported, HostRange, Kernels, Link, PeerAccess, PeerArena, Priority, ProbeArea, Sharing,
@@ -25,8 +28,9 @@ use crate::device::cuda::{
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::world::{GROUP_AREA_BYTES, Launcher, Region, World};
-use bytemuck::Zeroable;
 
+/// How long a rank that leaves waits for the others to close what belongs to it.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(5);
 /// How long one side of a probe waits for the other, which starts it at the same time.
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -48,10 +52,31 @@ pub(super) struct Connection {
     pub(super) links: [Buffer; 2],
     /// Counters, which only the own kernels touch.
     _progress: Buffer,
-    // Memory of others, of the host, and at last what others write.
-    _peers: Vec<Option<PeerArena>>,
-    _host: Option<HostRange>,
-    _staging: Option<Arena>,
+    /// Memory of others.
+    peers: Vec<Option<PeerArena>>,
+    host: Option<HostRange>,
+    /// What others write, and whether they hold it by a handle.
+    staging: Option<Arena>,
+    is_shared_by_handle: bool,
+}
+
+impl Connection {
+    /// Unmaps what belongs to others, then frees the own staging. Where other processes have it by a handle, they must have
+    /// closed it first; `first` is the page of rank 0, where they count themselves.
+    pub(super) fn close(self, world: &World, first: &Page) {
+        let Connection { peers, host, staging, is_shared_by_handle, .. } = self;
+        drop((peers, host));
+        let Some(staging) = staging.filter(|_| is_shared_by_handle) else { return };
+        first.closed.fetch_add(1, Ordering::AcqRel);
+        let start = Instant::now();
+        while first.closed.load(Ordering::Acquire) < world.world_size() {
+            if world.fault().is_some() || start.elapsed() > CLOSING_PATIENCE {
+                tracing::warn!(rank = world.rank(), "staging that a peer may still have mapped is kept for ever");
+                return std::mem::forget(staging);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -136,7 +161,6 @@ pub(super) struct Meeting<'a> {
     pub(super) device: &'a Device,
     pub(super) kernels: &'a Kernels,
     pub(super) channels: Option<u32>,
-    pub(super) sharing: Sharing,
     pub(super) timeout: Duration,
 }
 
@@ -149,6 +173,10 @@ struct Staging {
 impl Meeting<'_> {
     fn ranks(&self) -> std::ops::Range<u32> {
         0..self.world.world_size()
+    }
+
+    fn is_one_process(&self) -> bool {
+        self.world.environment().launcher == Launcher::Threads
     }
 
     pub(super) fn connect(&self) -> Result<Connection> {
@@ -199,7 +227,7 @@ impl Meeting<'_> {
             what: "staging of a communicator",
             detail: format!("{} bytes for each of {world_size} ranks", geometry.peer_bytes()),
         })?;
-        let arena = Arena::new(self.device, len_bytes, self.sharing)?;
+        let arena = Arena::new(self.device, len_bytes, Sharing::Handle)?;
         let staging = arena.alloc(DType::U8, staging_bytes.unwrap_or(0))?;
         debug_assert_eq!(staging.arena_offset_bytes(), Some(0), "the first range of an arena");
         let areas = self.ranks().map(|_| ProbeArea::new(&arena)).collect::<Result<_>>()?;
@@ -209,13 +237,13 @@ impl Meeting<'_> {
     fn offer(&self, staging: &Staging) -> Result<(Offer, Option<OnOffer>)> {
         let probes = staging.areas.iter().map(ProbeArea::offset_bytes).collect();
         let len_bytes = staging.arena.len_bytes();
-        if self.world.environment().launcher == Launcher::Threads {
+        if self.is_one_process() {
             let here = OnOffer::new(&staging.arena);
             return Ok((Offer { len_bytes, probes, token: Offered::Here(here.0) }, Some(here)));
         }
         let token = match staging.arena.export()?.token {
             Token::Handle(handle) => Offered::Handle(handle.to_vec()),
-            Token::Descriptor(_) => Offered::Handle(Vec::new()),
+            Token::Descriptor(_) => Offered::Handle(Vec::new()), // not asked for
         };
         Ok((Offer { len_bytes, probes, token }, None))
     }
@@ -347,9 +375,10 @@ impl Meeting<'_> {
             transports,
             links,
             _progress: progress,
-            _peers: peers,
-            _host: host,
-            _staging: staging,
+            peers,
+            host,
+            staging,
+            is_shared_by_handle: !self.is_one_process(),
         })
     }
 }

@@ -5,13 +5,17 @@
 mod ranks;
 mod support;
 
-use annulus::collective::cuda::{Communicator, Options};
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use annulus::collective::cuda::{Communicator, Options, Transport};
+use annulus::device::cuda::{Buffer, Link, Priority, Stream};
 use annulus::schedule::{Algorithm, Collective, Schedule};
-use annulus::world::launch;
-use annulus::{Element, ReduceOp, reference};
+use annulus::world::{Environment, WorldOptions, launch};
+use annulus::{DType, Element, Error, ReduceOp, reference};
 use half::{bf16, f16};
 use ranks::{PATIENCE, Rank, inputs};
-use support::on_virtual_gpu;
+use support::{Peer, as_peer, listen, on_virtual_gpu, say};
 
 const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
@@ -174,5 +178,228 @@ fn long_vectors_take_several_channels_and_rounds() {
             }
         })
         .unwrap();
+    });
+}
+
+#[test]
+fn one_communicator_has_one_order_and_two_do_not_disturb_each_other() {
+    on_virtual_gpu("one_communicator_has_one_order_and_two_do_not_disturb_each_other", TWO, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let second = Stream::new(rank.kernels.device(), "second", Priority::Normal).unwrap();
+            let [mut one, mut other] = [Options::default(), ring()].map(|options| rank.communicator(options));
+            let terms = inputs::<f64>(2, 3_001);
+            let (twice, once) = (rank.framed(&terms[rank.number()], 0), rank.framed(&terms[rank.number()], 0));
+            one.all_reduce(&twice.view, ReduceOp::Avg, &rank.stream).unwrap();
+            one.all_reduce(&twice.view, ReduceOp::Sum, &second).unwrap();
+            other.all_reduce(&once.view, ReduceOp::Max, &rank.stream).unwrap();
+            one.synchronize(PATIENCE).unwrap();
+            let average = reference::all_reduce(&terms, ReduceOp::Avg).unwrap();
+            let sum = reference::all_reduce(&[average.clone(), average], ReduceOp::Sum).unwrap();
+            twice.check(&rank, &sum, "two operations on two streams");
+            once.check(&rank, &reference::all_reduce(&terms, ReduceOp::Max).unwrap(), "another communicator's");
+            other.barrier(&second).unwrap();
+            other.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+// ---- transports --------------------------------------------------------------------------------------------------------
+
+/// Devices that cannot write into each other's memory, for the reason that `found` tells.
+fn over_the_host(test: &str, peers: &str, found: Link) {
+    on_virtual_gpu(test, &[TWO[0], ("ANNULUS_VGPU_PEERS", peers)], || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(Options::default());
+            assert_eq!(communicator.transport(1 - rank.world.rank()), Some(Transport::Host(found)));
+            every_operation::<f32>(&rank, &mut communicator, Algorithm::Direct, 203);
+            let terms = inputs::<f32>(2, 100_003);
+            let buffer = rank.framed(&terms[rank.number()], 0);
+            communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+            buffer.check(&rank, &reference::all_reduce(&terms, ReduceOp::Sum).unwrap(), "a long vector");
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn without_peer_access_bytes_go_over_the_host() {
+    over_the_host("without_peer_access_bytes_go_over_the_host", "none", Link::NoAccess);
+}
+
+#[test]
+fn where_the_probe_loses_words_bytes_go_over_the_host() {
+    let found = Link::Silent { waited_ms: 5_000 };
+    over_the_host("where_the_probe_loses_words_bytes_go_over_the_host", "lossy", found);
+}
+
+// ---- what goes wrong ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_rank_that_stalls_is_named_and_the_device_can_still_be_used() {
+    on_virtual_gpu("a_rank_that_stalls_is_named_and_the_device_can_still_be_used", TWO, || {
+        let seen = Barrier::new(2);
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let options = Options { timeout: Some(Duration::from_millis(700)), ..Options::default() };
+            let mut communicator = rank.communicator(options);
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            if rank.number() == 0 {
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+                let error = communicator.synchronize(PATIENCE).unwrap_err();
+                assert!(matches!(error, Error::PeerStalled { rank: 1, sequence: 1, .. }), "{error:?}");
+                assert!(error.to_string().contains("all_reduce(100 x f32, sum)"), "{error}");
+                buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
+            }
+            seen.wait();
+            let poisoned = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap_err();
+            assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
+            assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
+    on_virtual_gpu("a_mismatch_is_told_on_every_rank_and_changes_nothing", THREE, || {
+        let done = Barrier::new(3);
+        launch::threads(3, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(Options::default());
+            let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
+            let buffer = rank.framed(&elements, 0);
+            communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+            let error = communicator.synchronize(PATIENCE).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
+            let text = error.to_string();
+            for quoted in ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)", "rank 2"] {
+                assert!(text.contains(quoted), "{text}");
+            }
+            done.wait();
+            buffer.check(&rank, &elements, "a buffer of a mismatched call");
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn arguments_that_cannot_be_are_refused_and_poison_nothing() {
+    on_virtual_gpu("arguments_that_cannot_be_are_refused_and_poison_nothing", TWO, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(Options::default());
+            let (floats, ints) = (rank.framed(&[1.0f32; 4], 0).view, rank.framed(&[1i32; 4], 0).view);
+            let stream = &rank.stream;
+            let unsupported = communicator.all_reduce(&ints, ReduceOp::Avg, stream);
+            assert!(matches!(unsupported, Err(Error::Unsupported { .. })), "{unsupported:?}");
+            let dtypes = communicator.all_reduce_into(&floats, &ints, ReduceOp::Sum, stream);
+            assert!(matches!(dtypes, Err(Error::DTypeMismatch { .. })), "{dtypes:?}");
+            let lengths = communicator.all_gather(&floats, &floats, stream);
+            assert!(matches!(lengths, Err(Error::LengthMismatch { .. })), "{lengths:?}");
+            let root = communicator.broadcast(&floats, 2, stream);
+            assert!(matches!(root, Err(Error::InvalidArgument { .. })), "{root:?}");
+            communicator.barrier(stream).unwrap();
+            communicator.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+// ---- processes ---------------------------------------------------------------------------------------------------------
+
+/// This process as the rank that its variables say.
+fn join_by_variables() -> Rank {
+    let environment = Environment::detect().unwrap();
+    let device = environment.rank;
+    let options = WorldOptions { timeout: PATIENCE, heartbeat_limit: None, ..WorldOptions::default() };
+    Rank::on_device(device, environment, options)
+}
+
+fn one_sum(rank: &Rank, communicator: &mut Communicator, len_elems: usize) {
+    let terms = inputs::<f32>(2, len_elems);
+    let buffer = rank.framed(&terms[rank.number()], 0);
+    communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+    buffer.check(rank, &reference::all_reduce(&terms, ReduceOp::Sum).unwrap(), "a sum between processes");
+}
+
+/// Rank 1 of 2.
+#[test]
+fn second_process() {
+    as_peer("second_process", || {
+        let rank = join_by_variables();
+        let mut communicator = rank.communicator(Options::default());
+        for len_elems in [1_000, 40_000] {
+            one_sum(&rank, &mut communicator, len_elems);
+        }
+        say("done");
+        listen();
+    });
+}
+
+fn between_processes(test: &str, peers: &str, body: impl FnOnce(Rank, Peer)) {
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [
+        TWO[0],
+        ("ANNULUS_VGPU_PEERS", peers),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("TMPDIR", folder.path().to_str().unwrap()),
+    ];
+    on_virtual_gpu(test, &variables, || {
+        let peer = Peer::start("second_process", &[("RANK", "1")]);
+        body(join_by_variables(), peer);
+    });
+}
+
+#[test]
+fn processes_reach_each_other_by_handles() {
+    between_processes("processes_reach_each_other_by_handles", "all", |rank, mut peer| {
+        let mut communicator = rank.communicator(Options::default());
+        assert_eq!(communicator.transport(1), Some(Transport::Device));
+        for len_elems in [1_000, 40_000] {
+            one_sum(&rank, &mut communicator, len_elems);
+        }
+        assert_eq!(peer.hear(), "done");
+        peer.tell("leave");
+        drop(communicator);
+        peer.finish();
+    });
+}
+
+#[test]
+fn processes_without_peer_access_use_the_host() {
+    between_processes("processes_without_peer_access_use_the_host", "none", |rank, mut peer| {
+        let mut communicator = rank.communicator(Options::default());
+        assert!(matches!(communicator.transport(1), Some(Transport::Host(_))));
+        for len_elems in [1_000, 40_000] {
+            one_sum(&rank, &mut communicator, len_elems);
+        }
+        peer.tell("leave");
+        drop(communicator);
+        peer.finish();
+    });
+}
+
+#[test]
+fn a_rank_that_is_killed_is_lost_within_a_second() {
+    between_processes("a_rank_that_is_killed_is_lost_within_a_second", "all", |rank, mut peer| {
+        let mut communicator = rank.communicator(Options::default());
+        for len_elems in [1_000, 40_000] {
+            one_sum(&rank, &mut communicator, len_elems);
+        }
+        assert_eq!(peer.hear(), "done");
+        let buffer = rank.framed(&[1.0f32; 100], 0);
+        communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+        peer.kill();
+        let killed = Instant::now();
+        let error = communicator.synchronize(PATIENCE).unwrap_err();
+        assert!(matches!(error, Error::PeerLost { rank: 1, .. }), "{error:?}");
+        assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+        assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok(), "the context is usable");
     });
 }
