@@ -55,18 +55,18 @@ pub(super) struct Connection {
     /// Memory of others.
     peers: Vec<Option<PeerArena>>,
     host: Option<HostRange>,
-    /// What others write, and whether they hold it by a handle.
+    /// What others write.
     staging: Option<Arena>,
-    is_shared_by_handle: bool,
 }
 
 impl Connection {
-    /// Unmaps what belongs to others, then frees the own staging. Where other processes have it by a handle, they must have
-    /// closed it first; `first` is the page of rank 0, where they count themselves.
+    /// Unmaps what belongs to others, then frees the own staging, once the others have unmapped it: a handle must be closed
+    /// before, and in one process the last owner frees, which waits for all kernels of the device that it is on; `first` is
+    /// the page of rank 0, where ranks that have closed count themselves.
     pub(super) fn close(self, world: &World, first: &Page) {
-        let Connection { peers, host, staging, is_shared_by_handle, .. } = self;
+        let Connection { peers, host, staging, .. } = self;
         drop((peers, host));
-        let Some(staging) = staging.filter(|_| is_shared_by_handle) else { return };
+        let Some(staging) = staging else { return };
         first.closed.fetch_add(1, Ordering::AcqRel);
         let start = Instant::now();
         while first.closed.load(Ordering::Acquire) < world.world_size() {
@@ -370,16 +370,7 @@ impl Meeting<'_> {
             upload(self.device, bytemuck::cast_slice(&links))
         };
         let links = [table(Protocol::Bulk)?, table(Protocol::Words)?];
-        Ok(Connection {
-            geometry,
-            transports,
-            links,
-            _progress: progress,
-            peers,
-            host,
-            staging,
-            is_shared_by_handle: !self.is_one_process(),
-        })
+        Ok(Connection { geometry, transports, links, _progress: progress, peers, host, staging })
     }
 }
 

@@ -198,6 +198,7 @@ fn one_communicator_has_one_order_and_two_do_not_disturb_each_other() {
             let sum = reference::all_reduce(&[average.clone(), average], ReduceOp::Sum).unwrap();
             twice.check(&rank, &sum, "two operations on two streams");
             once.check(&rank, &reference::all_reduce(&terms, ReduceOp::Max).unwrap(), "another communicator's");
+            drop(one);
             other.barrier(&second).unwrap();
             other.synchronize(PATIENCE).unwrap();
         })
