@@ -3,21 +3,25 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, Hash};
 
+use super::cuda::BatchMover;
 use super::tensor::Tensor;
 use crate::error::{Error, Result};
 
 /// Where a strategy computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Device {
     /// The processor: memory is the process's own, and moving to it is no copy.
     Host,
+    /// An NVIDIA device.
+    Cuda(BatchMover),
 }
 
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Device::Host => f.write_str("host"),
+            Device::Cuda(mover) => mover.fmt(f),
         }
     }
 }
@@ -47,7 +51,8 @@ impl std::fmt::Display for Device {
 /// ```
 ///
 /// # Synchronization
-/// On the host nothing is moved and nothing waits.
+/// On the host nothing is moved and nothing waits. To a device a tensor is copied by way of pinned memory, in order with the
+/// strategy's compute stream; the host does not wait for it.
 pub trait ToDevice: Sized {
     /// Moves every tensor in `self` to `device`.
     ///
@@ -60,6 +65,7 @@ impl ToDevice for Tensor {
     fn to_device(self, device: &Device) -> Result<Self> {
         match device {
             Device::Host => Ok(self),
+            Device::Cuda(mover) => mover.take(self),
         }
     }
 }

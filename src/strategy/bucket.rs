@@ -10,10 +10,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::gate::lock;
+use super::cuda::DeviceGradients;
+use super::gate::{Gate, lock};
 use super::module::Parameter;
+use super::place::Place as Memory;
+use super::storage::Storage;
 use crate::collective::Work;
-use crate::device::{Arena, Buffer, Stream};
+use crate::device::{Buffer, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{Slice, SliceMut};
@@ -61,7 +64,7 @@ pub(crate) fn plan(
     Ok((places, buckets))
 }
 
-/// One bucket. Shared between the host, which fills and launches it, and the closures of the compute stream.
+/// One bucket on the host. Shared between the thread that fills and launches it, and the closures of the compute stream.
 #[derive(Debug)]
 pub(crate) struct Bucket {
     state: Mutex<State>,
@@ -84,8 +87,8 @@ fn lost() -> Error {
 }
 
 impl Bucket {
-    pub fn new(arena: &Arena, dtype: DType, len_elems: usize) -> Result<Arc<Bucket>> {
-        Ok(Arc::new(Bucket { state: Mutex::new(State::Here(arena.alloc(dtype, len_elems)?)) }))
+    fn new(buffer: Buffer) -> Arc<Bucket> {
+        Arc::new(Bucket { state: Mutex::new(State::Here(buffer)) })
     }
 
     /// Runs `f` on the bucket's memory. If a reduction was started it must have ended in the order of the calling stream, or
@@ -132,7 +135,7 @@ impl Bucket {
     }
 }
 
-/// A parameter's gradient.
+/// A parameter's gradient on the host.
 #[derive(Debug, Clone)]
 pub(crate) struct Gradient {
     pub bucket: Arc<Bucket>,
@@ -185,14 +188,23 @@ pub(crate) fn slice_mut(buffer: &mut Buffer, offset_elems: usize, len_elems: usi
     typed!(buffer, offset_elems, len_elems, as_mut_slice, get_mut, SliceMut)
 }
 
+/// The memory of gradients.
+#[derive(Debug)]
+pub(crate) enum Buckets {
+    Host {
+        buckets: Vec<Arc<Bucket>>,
+        /// In the order of the parameters.
+        gradients: Vec<Gradient>,
+    },
+    Device(DeviceGradients),
+}
+
 /// The gradients of one module: their places, and how far the current backward has come.
 #[derive(Debug)]
 pub(crate) struct Gradients {
     pub parameters: Vec<Parameter>,
-    /// In the order of `parameters`.
-    pub gradients: Vec<Gradient>,
+    pub memory: Buckets,
     places: Vec<Place>,
-    pub buckets: Vec<Arc<Bucket>>,
     bucket_bytes: Vec<usize>,
     /// Whether the next contribution replaces what is there: nothing was accumulated since the last step.
     fresh: Vec<bool>,
@@ -216,31 +228,39 @@ pub(crate) struct Gradients {
 impl Gradients {
     pub fn new(
         parameters: Vec<Parameter>,
-        arena: &Arena,
+        memory: &Memory,
         dtype: DType,
         first_bucket_bytes: usize,
         bucket_bytes: usize,
     ) -> Result<Gradients> {
         let lens_elems: Vec<usize> = parameters.iter().map(Parameter::len_elems).collect();
         let (places, bucket_elems) = plan(&lens_elems, dtype, first_bucket_bytes, bucket_bytes)?;
-        let buckets = bucket_elems.iter().map(|len| Bucket::new(arena, dtype, *len)).collect::<Result<Vec<_>>>()?;
-        let gradients = places
-            .iter()
-            .map(|place| Gradient {
-                bucket: Arc::clone(&buckets[place.bucket]),
-                offset_elems: place.offset_elems,
-                len_elems: place.len_elems,
-            })
-            .collect();
-        let mut parameters_in = vec![0; buckets.len()];
+        let storages = bucket_elems.iter().map(|len| memory.alloc(dtype, *len)).collect::<Result<Vec<_>>>()?;
+        let mut buckets = Vec::new();
+        let mut on_device = Vec::new();
+        for storage in storages {
+            match storage {
+                Storage::Host(buffer) => buckets.push(Bucket::new(buffer)),
+                Storage::Device(memory) => on_device.push(memory),
+            }
+        }
+        let gradient = |place: &Place| Gradient {
+            bucket: Arc::clone(&buckets[place.bucket]),
+            offset_elems: place.offset_elems,
+            len_elems: place.len_elems,
+        };
+        let memory = match on_device.is_empty() {
+            true => Buckets::Host { gradients: places.iter().map(gradient).collect(), buckets },
+            false => Buckets::Device(DeviceGradients::new(on_device, &places)?),
+        };
+        let mut parameters_in = vec![0; bucket_elems.len()];
         places.iter().for_each(|place| parameters_in[place.bucket] += 1);
         let count = parameters.len();
         Ok(Gradients {
             parameters,
-            gradients,
+            memory,
             places,
             bucket_bytes: bucket_elems.iter().map(|len| len * dtype.size_bytes()).collect(),
-            buckets,
             fresh: vec![true; count],
             ready: vec![false; count],
             missing: parameters_in.clone(),
@@ -251,6 +271,27 @@ impl Gradients {
             unjoined: false,
             backwards: 0,
         })
+    }
+
+    /// The buckets on the host; none if they are on a device.
+    pub fn host_buckets(&self) -> &[Arc<Bucket>] {
+        match &self.memory {
+            Buckets::Host { buckets, .. } => buckets,
+            Buckets::Device(_) => &[],
+        }
+    }
+
+    /// The gradients on the host, in the order of the parameters; none if they are on a device.
+    pub fn host_gradients(&self) -> &[Gradient] {
+        match &self.memory {
+            Buckets::Host { gradients, .. } => gradients,
+            Buckets::Device(_) => &[],
+        }
+    }
+
+    /// Number of buckets.
+    pub fn len_buckets(&self) -> usize {
+        self.bucket_bytes.len()
     }
 
     /// Bytes of a bucket.
@@ -282,8 +323,29 @@ impl Gradients {
         self.launched = 0;
     }
 
-    pub fn is_ready(&self, parameter: usize) -> bool {
-        self.ready[parameter]
+    /// Which parameter of module `number` gets a gradient of `len_elems` elements, if it may.
+    pub fn expect(&self, number: usize, gate: &Gate, parameter: &Parameter, len_elems: usize) -> Result<usize> {
+        let slot = parameter.slot().filter(|slot| slot.module == number && parameter.gate().is_same(gate));
+        let index = slot.map(|slot| slot.parameter).ok_or_else(|| Error::InvalidArgument {
+            argument: "parameter",
+            value: format!("{:?}", parameter.name()),
+            accepted: "a parameter of the module that backward was called with",
+        })?;
+        if self.ready[index] {
+            return Err(Error::InvalidArgument {
+                argument: "gradient",
+                value: format!("a second one of parameter {:?}", parameter.name()),
+                accepted: "one final gradient for each parameter and backward; contributions before it go through add",
+            });
+        }
+        if len_elems != parameter.len_elems() {
+            return Err(Error::LengthMismatch {
+                what: format!("gradient of parameter {:?}", parameter.name()),
+                expected_elems: parameter.len_elems(),
+                actual_elems: len_elems,
+            });
+        }
+        Ok(index)
     }
 
     /// The current backward contributes to this parameter. Whether to replace what is there.

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::cuda::DeviceNorm;
 use super::gate::lock;
 use crate::device::Event;
 use crate::error::{Error, Result};
@@ -32,6 +33,30 @@ pub(crate) struct NormSlot {
     pub result: Mutex<Option<Result<f64>>>,
     /// What the policy says is to be reported.
     pub nonfinite: Mutex<Option<Error>>,
+    /// Of a norm that a device measures, where to look for it.
+    pub device: Mutex<Option<DeviceNorm>>,
+}
+
+impl NormSlot {
+    fn device(&self) -> Option<DeviceNorm> {
+        lock(&self.device).clone()
+    }
+
+    /// Waits on the host for this number alone.
+    pub fn wait(&self, timeout: Duration) -> Result<()> {
+        match self.device() {
+            Some(norm) => norm.wait(timeout),
+            None => self.measured.synchronize(timeout),
+        }
+    }
+
+    /// What is to be reported of a norm that was waited for.
+    pub fn take_nonfinite(&self) -> Option<Error> {
+        match self.device() {
+            Some(norm) => norm.nonfinite(),
+            None => lock(&self.nonfinite).take(),
+        }
+    }
 }
 
 /// The total norm of the gradients before clipping, once it is known.
@@ -55,8 +80,8 @@ impl NormHandle {
     /// # Errors
     /// [`Error::Stream`] after `timeout`; the error of the reduction.
     pub fn get(&self, timeout: Duration) -> Result<f64> {
-        self.slot.measured.synchronize(timeout)?;
-        self.result()
+        self.slot.wait(timeout)?;
+        self.poll()?.ok_or_else(not_measured)
     }
 
     /// The norm if it is known already.
@@ -64,12 +89,16 @@ impl NormHandle {
     /// # Errors
     /// The error of the reduction.
     pub fn poll(&self) -> Result<Option<f64>> {
-        if self.slot.measured.is_complete() { self.result().map(Some) } else { Ok(None) }
+        if let Some(norm) = self.slot.device() {
+            return norm.poll();
+        }
+        if !self.slot.measured.is_complete() {
+            return Ok(None);
+        }
+        lock(&self.slot.result).clone().unwrap_or_else(|| Err(not_measured())).map(Some)
     }
+}
 
-    fn result(&self) -> Result<f64> {
-        lock(&self.slot.result).clone().unwrap_or_else(|| {
-            Err(Error::Stream { stream: "compute".to_owned(), reason: "the norm was not measured".to_owned() })
-        })
-    }
+fn not_measured() -> Error {
+    Error::Stream { stream: "compute".to_owned(), reason: "the norm was not measured".to_owned() }
 }

@@ -34,8 +34,9 @@ use crate::error::{Error, Result};
 /// is unusable: every later call fails.
 ///
 /// # Synchronization
-/// Gradients are written on the calling thread. Reductions run on the communication stream; norms and steps on the compute
-/// stream. Nothing in a step waits on the host, except where a method says so.
+/// Gradients are written on the calling thread, or on a device enqueued to its compute stream. Reductions run on the
+/// communication stream; norms and steps on the compute stream. Nothing in a step waits on the host, except where a method
+/// says so.
 pub trait Strategy: Send {
     // ---- where this is ---------------------------------------------------------------------------------------------
 
@@ -52,9 +53,7 @@ pub trait Strategy: Send {
     fn node_rank(&self) -> u32;
 
     /// Where modules and batches live.
-    fn root_device(&self) -> Device {
-        Device::Host
-    }
+    fn root_device(&self) -> Device;
 
     /// Whether this is rank 0, which writes what is written once.
     fn is_global_zero(&self) -> bool {
@@ -130,7 +129,8 @@ pub trait Strategy: Send {
     ///
     /// # Errors
     /// [`Error::AlreadySetUp`] if one of the parameters has an optimizer; [`Error::Disagreement`] if the ranks' rules, learning
-    /// rates or selections differ; [`Error::InvalidArgument`] for a module that was not set up, for hyper-parameters out of range, or if no parameter is selected.
+    /// rates or selections differ; [`Error::InvalidArgument`] for a module that was not set up, for hyper-parameters out of
+    /// range, if no parameter is selected, or on a device for a rule of which there is no kernel.
     fn setup_optimizer(&mut self, module: &dyn Module, optimizer: OptimizerSpec) -> Result<Optimizer>;
 
     /// Sets up a module and its optimizers: one, a tuple, a vector or none (`()`). They come back in the order given.
@@ -168,7 +168,8 @@ pub trait Strategy: Send {
     /// [`ErrorDeferred`](Nonfinite::ErrorDeferred); the error of the step in flight.
     ///
     /// # Synchronization
-    /// Waits for the step in flight, which reading the weights for forward has done already.
+    /// On the host, waits for the step in flight, which reading the weights for forward has done already. On a device nothing
+    /// waits: gradients are written behind that step.
     fn backward<M: Module, L: Backward<M> + ?Sized>(&mut self, loss: &L, module: &mut M) -> Result<()>
     where
         Self: Sized,
@@ -252,6 +253,40 @@ pub trait Strategy: Send {
     /// # Synchronization
     /// Waits on the host for the reductions in flight.
     fn read_gradient(&mut self, parameter: &Parameter, gradient: &mut [f32]) -> Result<()>;
+
+    /// On a device, captures a whole step as a graph: from gradients in the trainer's memory, the same in every step, to new
+    /// weights. [`replay_step`](Strategy::replay_step) then makes it with one call of the driver. A parameter without a source
+    /// has a gradient of zero. Every rank captures the same.
+    ///
+    /// Reduces the gradients once, which what they hold does not matter for; nothing else is done yet.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a strategy on the host, and as [`backward`](Strategy::backward),
+    /// [`clip_gradients_norm`](Strategy::clip_gradients_norm) and [`optimizer_step`](Strategy::optimizer_step);
+    /// [`Error::Capture`] for what a capture refuses.
+    ///
+    /// # Synchronization
+    /// Waits on the host for everything enqueued.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    fn capture_step(
+        &mut self,
+        module: &dyn Module,
+        optimizer: &mut Optimizer,
+        gradients: &[super::GradientSource],
+        clip: super::StepClip,
+    ) -> Result<super::CapturedStep>;
+
+    /// Makes a captured step: what `backward`, `clip_gradients_norm` and `optimizer_step` would do with what the gradients hold
+    /// when the compute stream comes to it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for another optimizer's step, or with gradients of a backward that no step has used; as
+    /// [`clip_gradients_norm`](Strategy::clip_gradients_norm); what the driver says.
+    ///
+    /// # Synchronization
+    /// Returns once enqueued; waits under [`Nonfinite::ErrorNow`] only.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    fn replay_step(&mut self, step: &mut super::CapturedStep, optimizer: &mut Optimizer) -> Result<NormHandle>;
 
     /// Waits on the host until everything enqueued has been done.
     ///

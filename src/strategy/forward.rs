@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::batch::Device;
 use super::contract::Strategy;
 use crate::error::Result;
 
@@ -20,6 +19,9 @@ macro_rules! forward_strategy {
         }
         fn node_rank(&$self) -> u32 {
             $target.node_rank()
+        }
+        fn root_device(&$self) -> $crate::strategy::Device {
+            $target.root_device()
         }
         fn options(&$self) -> &$crate::strategy::StrategyOptions {
             $target.options()
@@ -94,6 +96,24 @@ macro_rules! forward_strategy {
             gradient: &mut [f32],
         ) -> $crate::error::Result<()> {
             $target.read_gradient(parameter, gradient)
+        }
+        #[cfg(all(feature = "cuda", not(loom)))]
+        fn capture_step(
+            &mut $self,
+            module: &dyn $crate::strategy::Module,
+            optimizer: &mut $crate::strategy::Optimizer,
+            gradients: &[$crate::strategy::GradientSource],
+            clip: $crate::strategy::StepClip,
+        ) -> $crate::error::Result<$crate::strategy::CapturedStep> {
+            $target.capture_step(module, optimizer, gradients, clip)
+        }
+        #[cfg(all(feature = "cuda", not(loom)))]
+        fn replay_step(
+            &mut $self,
+            step: &mut $crate::strategy::CapturedStep,
+            optimizer: &mut $crate::strategy::Optimizer,
+        ) -> $crate::error::Result<$crate::strategy::NormHandle> {
+            $target.replay_step(step, optimizer)
         }
         fn synchronize(&mut $self) -> $crate::error::Result<()> {
             $target.synchronize()
@@ -209,10 +229,6 @@ pub(crate) use forward_strategy;
 /// A boxed strategy is one, so that the generic methods can be called on `Box<dyn Strategy>`.
 impl<S: Strategy + ?Sized> Strategy for Box<S> {
     forward_strategy!(self => (**self));
-
-    fn root_device(&self) -> Device {
-        (**self).root_device()
-    }
 
     fn teardown_boxed(self: Box<Self>, timeout: Duration) -> Result<()> {
         (*self).teardown_boxed(timeout)

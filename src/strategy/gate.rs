@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::cuda::DeviceEvent;
 use crate::device::Event;
 use crate::error::{Error, Result};
 
@@ -21,6 +22,8 @@ pub(crate) struct Gate(Arc<Inner>);
 struct Inner {
     /// Recorded on the compute stream after each optimizer step.
     step_done: Event,
+    /// Likewise, on a device's compute stream.
+    device_step_done: Option<DeviceEvent>,
     /// The first error of a stream closure. Every later call reports it.
     failure: Mutex<Option<Error>>,
     /// Deadline of the host's waits.
@@ -29,7 +32,16 @@ struct Inner {
 
 impl Gate {
     pub fn new(timeout: Duration) -> Gate {
-        Gate(Arc::new(Inner { step_done: Event::new(), failure: Mutex::new(None), timeout }))
+        Gate::with(timeout, None)
+    }
+
+    /// Of a strategy on a device, which records `step_done`.
+    pub fn of_device(timeout: Duration, step_done: DeviceEvent) -> Gate {
+        Gate::with(timeout, Some(step_done))
+    }
+
+    fn with(timeout: Duration, device_step_done: Option<DeviceEvent>) -> Gate {
+        Gate(Arc::new(Inner { step_done: Event::new(), device_step_done, failure: Mutex::new(None), timeout }))
     }
 
     pub fn step_done(&self) -> &Event {
@@ -48,6 +60,9 @@ impl Gate {
     pub fn wait(&self) -> Result<()> {
         self.check()?;
         self.0.step_done.synchronize(self.0.timeout)?;
+        if let Some(done) = &self.0.device_step_done {
+            done.synchronize(self.0.timeout).map_err(|error| self.fail(error))?;
+        }
         self.check()
     }
 

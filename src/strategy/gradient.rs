@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::cuda::DeviceReceiver;
 use super::module::Parameter;
 use crate::dtype::Element;
 use crate::error::Result;
@@ -70,8 +71,11 @@ pub struct BucketProgress {
 /// Where a strategy takes gradients.
 pub(crate) trait Receiver {
     fn receive(&mut self, parameter: &Parameter, gradient: Slice<'_>, is_last: bool) -> Result<()>;
+    fn loss_scale(&self) -> Result<f32>;
     fn is_synchronizing(&self) -> bool;
     fn buckets(&self) -> BucketProgress;
+    /// The same on a device, if that is where gradients are.
+    fn on_device(&mut self) -> Option<&mut dyn DeviceReceiver>;
 }
 
 /// Takes the gradients of one backward.
@@ -80,18 +84,23 @@ pub(crate) trait Receiver {
 /// The gradient is copied before the call returns. When the last gradient of a bucket has arrived its reduction starts at once
 /// on the communication stream, while backward goes on.
 pub struct GradSink<'s> {
-    receiver: &'s mut dyn Receiver,
-    loss_scale: f32,
+    pub(super) receiver: &'s mut dyn Receiver,
 }
 
 impl<'s> GradSink<'s> {
-    pub(crate) fn new(receiver: &'s mut dyn Receiver, loss_scale: f32) -> GradSink<'s> {
-        GradSink { receiver, loss_scale }
+    pub(crate) fn new(receiver: &'s mut dyn Receiver) -> GradSink<'s> {
+        GradSink { receiver }
     }
 
     /// What the loss is to be multiplied with before it is differentiated; 1 unless the precision scales losses.
-    pub fn loss_scale(&self) -> f32 {
-        self.loss_scale
+    ///
+    /// # Synchronization
+    /// On a device with a scaled loss, waits on the host for the step in flight, which sets the scale.
+    ///
+    /// # Errors
+    /// The error of that step.
+    pub fn loss_scale(&self) -> Result<f32> {
+        self.receiver.loss_scale()
     }
 
     /// Writes the gradient of `parameter`: `[parameter.len_elems()]`, row-major. It is final: a second `write` of the same

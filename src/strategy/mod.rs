@@ -74,12 +74,18 @@
 //! # }
 //! ```
 #![forbid(unsafe_code)]
+#![cfg_attr(not(all(feature = "cuda", not(loom))), allow(dead_code, reason = "what only a strategy on a device uses"))]
 
 mod batch;
 mod bucket;
 pub mod checkpoint;
 mod clip;
 mod contract;
+#[cfg(all(feature = "cuda", not(loom)))]
+mod cuda;
+#[cfg(not(all(feature = "cuda", not(loom))))]
+#[path = "no_cuda.rs"]
+mod cuda;
 mod ddp;
 mod exchange;
 mod forward;
@@ -89,6 +95,7 @@ mod loader;
 mod module;
 mod optimizer;
 mod options;
+mod place;
 mod precision;
 mod replica;
 mod rng;
@@ -96,18 +103,22 @@ mod sampler;
 mod single_device;
 mod state;
 mod statistics;
+mod storage;
 mod tensor;
 
 pub use batch::{Device, ToDevice};
 pub use clip::{Nonfinite, NormHandle};
 pub use contract::{Optimizers, Strategy};
+pub use cuda::BatchMover;
+#[cfg(all(feature = "cuda", not(loom)))]
+pub use cuda::{CapturedStep, GradientSource, StepClip};
 pub use ddp::Ddp;
 pub use exchange::{Group, Reduce, Reducer};
 pub use gradient::{Backward, BucketProgress, GradSink, GradientElement};
 pub use loader::{DataLoader, Dataset, Epoch, Iterable, IterableDataset, Loader, LoaderState, MapStyle, Source};
 pub use module::{Init, Module, ModuleBuffer, ModuleInit, Parameter, ParameterRead};
-pub use optimizer::{AdamW, Optimizer, OptimizerSpec, Piece, Sgd, UpdateRule};
-pub use options::StrategyOptions;
+pub use optimizer::{AdamW, KernelRule, Optimizer, OptimizerSpec, Piece, Sgd, UpdateRule};
+pub use options::{Accelerator, StrategyOptions};
 pub use precision::Precision;
 pub use replica::NoSyncGuard;
 pub use rng::Rng;

@@ -13,9 +13,11 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 
 use super::bucket;
 use super::gate::Gate;
+use super::place::Place;
 use super::precision::Precision;
+use super::storage::{OnHost, Storage};
 use super::tensor;
-use crate::device::{Arena, Buffer, Uninit};
+use crate::device::{Buffer, Uninit};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::ops::{self, Saturate, SliceMut};
@@ -99,10 +101,10 @@ impl<M: Module> Module for Vec<M> {
     }
 }
 
-/// Creates parameters and buffers in a strategy's arena. Made by `Strategy::module_init_context`.
+/// Creates parameters and buffers in a strategy's memory. Made by `Strategy::module_init_context`.
 #[derive(Clone)]
 pub struct ModuleInit {
-    arena: Arena,
+    place: Place,
     precision: Precision,
     gate: Gate,
     init: Init,
@@ -110,8 +112,8 @@ pub struct ModuleInit {
 }
 
 impl ModuleInit {
-    pub(crate) fn new(arena: Arena, precision: Precision, gate: Gate, init: Init) -> ModuleInit {
-        ModuleInit { arena, precision, gate, init, prefix: String::new() }
+    pub(crate) fn new(place: Place, precision: Precision, gate: Gate, init: Init) -> ModuleInit {
+        ModuleInit { place, precision, gate, init, prefix: String::new() }
     }
 
     /// The same, but every name gets `prefix` and a dot in front: for the parts of a model.
@@ -131,9 +133,9 @@ impl ModuleInit {
     /// [`Error::NoSpace`] if the arena is full, [`Error::SizeOverflow`] if the shape is too large.
     pub fn parameter(&self, name: &str, shape: &[usize], fill: impl FnOnce(&mut [f32])) -> Result<Parameter> {
         let len_elems = tensor::len_elems(shape)?;
-        let mut model = self.arena.alloc(self.precision.model_dtype(), len_elems)?;
+        let mut model = self.place.alloc(self.precision.model_dtype(), len_elems)?;
         let mut master = match self.precision.has_master() {
-            true => Some(self.arena.alloc(DType::F32, len_elems)?),
+            true => Some(self.place.alloc(DType::F32, len_elems)?),
             false => None,
         };
         self.fill(&mut model, master.as_mut(), fill)?;
@@ -155,39 +157,45 @@ impl ModuleInit {
     /// As [`parameter`](ModuleInit::parameter).
     pub fn buffer(&self, name: &str, shape: &[usize], fill: impl FnOnce(&mut [f32])) -> Result<ModuleBuffer> {
         let len_elems = tensor::len_elems(shape)?;
-        let mut values = self.arena.alloc(self.precision.buffer_dtype(), len_elems)?;
+        let mut values = self.place.alloc(self.precision.buffer_dtype(), len_elems)?;
         self.fill(&mut values, None, fill)?;
         let info =
             Info { name: format!("{}{name}", self.prefix), shape: shape.to_vec(), dtype: values.dtype(), len_elems };
         Ok(ModuleBuffer(Arc::new(BufferCore { info, values: RwLock::new(values), gate: self.gate.clone() })))
     }
 
-    fn fill(&self, model: &mut Buffer, master: Option<&mut Buffer>, fill: impl FnOnce(&mut [f32])) -> Result<()> {
+    fn fill(&self, model: &mut Storage, master: Option<&mut Storage>, fill: impl FnOnce(&mut [f32])) -> Result<()> {
+        let zero = |storage: &mut Storage| {
+            storage.overwrite(|buffer| {
+                tensor::bytes_mut(buffer).fill(0);
+                Ok(())
+            })
+        };
+        let fill_f32 = |buffer: &mut Buffer| {
+            let values = buffer.as_mut_slice::<f32>()?;
+            values.fill(0.0);
+            fill(values);
+            Ok(())
+        };
         match (self.init, master) {
             // Fresh memory of the arena is zero; memory used before is not.
             (Init::Zeroed, master) => {
-                tensor::bytes_mut(model).fill(0);
-                master.into_iter().for_each(|master| tensor::bytes_mut(master).fill(0));
+                zero(model)?;
+                master.map_or(Ok(()), zero)
             }
-            (Init::Uninit(_), _) => {}
+            (Init::Uninit(_), _) => Ok(()),
             (Init::Default, Some(master)) => {
-                let values = master.as_mut_slice::<f32>()?;
-                values.fill(0.0);
-                fill(values);
-                tensor::fill_from_f32(model, values)?;
+                master.overwrite(fill_f32)?;
+                let values = master.on_host()?;
+                model.overwrite(|model| tensor::fill_from_f32(model, values.as_slice()?))
             }
-            (Init::Default, None) if model.dtype() == DType::F32 => {
-                let values = model.as_mut_slice::<f32>()?;
-                values.fill(0.0);
-                fill(values);
-            }
+            (Init::Default, None) if model.dtype() == DType::F32 => model.overwrite(fill_f32),
             (Init::Default, None) => {
                 let mut values = Buffer::zeroed(DType::F32, model.len_elems())?;
-                fill(values.as_mut_slice()?);
-                tensor::fill_from_f32(model, values.as_slice()?)?;
+                fill_f32(&mut values)?;
+                model.overwrite(|model| tensor::fill_from_f32(model, values.as_slice()?))
             }
         }
-        Ok(())
     }
 }
 
@@ -227,8 +235,15 @@ struct Core {
 /// The memory of a parameter.
 #[derive(Debug)]
 pub(crate) struct Weights {
-    pub model: Buffer,
-    pub master: Option<Buffer>,
+    pub model: Storage,
+    pub master: Option<Storage>,
+}
+
+impl Weights {
+    /// What a checkpoint holds: the master weights where there are some.
+    pub fn saved(&self) -> &Storage {
+        self.master.as_ref().unwrap_or(&self.model)
+    }
 }
 
 /// Where a parameter's gradient lives.
@@ -261,17 +276,32 @@ impl Parameter {
         self.0.info.len_elems
     }
 
-    /// The model weights, to read.
+    /// The model weights, to read on the host. Those on a device are copied.
     ///
     /// # Synchronization
     /// Waits on the host for the optimizer step in flight, if there is one. Give the guard back before the next
     /// `optimizer_step`, which otherwise fails.
     ///
     /// # Errors
-    /// The error of the step in flight.
+    /// The error of the step in flight; [`Error::NoSpace`] for the copy.
     pub fn read(&self) -> Result<ParameterRead<'_>> {
         self.0.gate.wait()?;
-        Ok(ParameterRead { weights: self.weights(), parameter: self })
+        let weights = self.weights();
+        let copy = match weights.model.on_host()? {
+            OnHost::Own(_) => None,
+            OnHost::Copy(copy) => Some(copy),
+        };
+        Ok(ParameterRead { weights, copy, parameter: self })
+    }
+
+    /// The model weights on the device, where forward reads them in the order of the strategy's compute stream; `None` if
+    /// they are on the host. The same memory for the parameter's life.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub fn device_view(&self) -> Option<crate::device::cuda::View> {
+        match &self.weights().model {
+            Storage::Host(_) => None,
+            Storage::Device(memory) => Some(memory.view()),
+        }
     }
 
     /// The weights as they are now. The caller has waited for the step in flight, or is it.
@@ -333,16 +363,25 @@ impl fmt::Debug for Parameter {
 /// The model weights of a parameter, borrowed.
 pub struct ParameterRead<'p> {
     weights: RwLockReadGuard<'p, Weights>,
+    /// Of weights on a device.
+    copy: Option<Buffer>,
     parameter: &'p Parameter,
 }
 
 impl ParameterRead<'_> {
+    fn elements(&self) -> Result<&Buffer> {
+        match &self.copy {
+            Some(copy) => Ok(copy),
+            None => self.weights.model.host("reading a parameter"),
+        }
+    }
+
     /// The elements, row-major.
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`] if `T` is not the parameter's type.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
-        self.weights.model.as_slice::<T>().map_err(|error| match error {
+        self.elements()?.as_slice::<T>().map_err(|error| match error {
             Error::DTypeMismatch { expected, actual, .. } => {
                 Error::DTypeMismatch { what: format!("parameter {:?}", self.parameter.name()), expected, actual }
             }
@@ -355,13 +394,14 @@ impl ParameterRead<'_> {
     /// # Errors
     /// [`Error::LengthMismatch`].
     pub fn copy_to_f32(&self, values: &mut [f32]) -> Result<()> {
-        let weights = bucket::slice(&self.weights.model, 0, self.parameter.len_elems())?;
+        let weights = bucket::slice(self.elements()?, 0, self.parameter.len_elems())?;
         ops::cast(weights, SliceMut::F32(values), Saturate::No)
     }
 
     /// The elements' bytes, row-major.
     pub fn as_bytes(&self) -> &[u8] {
-        tensor::bytes(&self.weights.model)
+        // One of the two is there: weights that are not on the host were copied.
+        self.elements().map_or(&[], tensor::bytes)
     }
 }
 
@@ -371,7 +411,7 @@ pub struct ModuleBuffer(Arc<BufferCore>);
 
 struct BufferCore {
     info: Info,
-    values: RwLock<Buffer>,
+    values: RwLock<Storage>,
     gate: Gate,
 }
 
@@ -396,7 +436,7 @@ impl ModuleBuffer {
     /// # Errors
     /// [`Error::DTypeMismatch`] if `T` is not the buffer's type.
     pub fn read<T: Element, R>(&self, f: impl FnOnce(&[T]) -> R) -> Result<R> {
-        Ok(f(self.values().as_slice()?))
+        Ok(f(self.values().on_host()?.as_slice()?))
     }
 
     /// Runs `f` on the elements, row-major, to change them. Each rank changes its own: buffers are made identical at setup and
@@ -405,14 +445,23 @@ impl ModuleBuffer {
     /// # Errors
     /// [`Error::DTypeMismatch`] if `T` is not the buffer's type.
     pub fn write<T: Element, R>(&self, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
-        Ok(f(self.values_mut().as_mut_slice()?))
+        self.values_mut().change(|values| Ok(f(values.as_mut_slice()?)))
     }
 
-    pub(crate) fn values(&self) -> RwLockReadGuard<'_, Buffer> {
+    /// The elements on the device; `None` if they are on the host. The same memory for the buffer's life.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub fn device_view(&self) -> Option<crate::device::cuda::View> {
+        match &*self.values() {
+            Storage::Host(_) => None,
+            Storage::Device(memory) => Some(memory.view()),
+        }
+    }
+
+    pub(crate) fn values(&self) -> RwLockReadGuard<'_, Storage> {
         self.0.values.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn values_mut(&self) -> RwLockWriteGuard<'_, Buffer> {
+    pub(crate) fn values_mut(&self) -> RwLockWriteGuard<'_, Storage> {
         self.0.values.write().unwrap_or_else(PoisonError::into_inner)
     }
 

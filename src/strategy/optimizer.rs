@@ -5,12 +5,14 @@
 //! runs, is the strategy's affair: one that shards its state hands the rule a piece of each parameter.
 
 use std::fmt::{self, Write as _};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::bucket::Gradient;
 use super::clip::NormSlot;
+use super::cuda::DeviceOptimizer;
 use super::gate::{Gate, lock};
 use super::module::Parameter;
+use super::tensor;
 use crate::device::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::{self, AdamWOptions, NormSlots, SgdOptions, Slice, StepSignal, Weights};
@@ -57,6 +59,11 @@ pub trait UpdateRule: fmt::Debug + Send + Sync + 'static {
     /// An error makes the strategy unusable: pieces before this one were updated.
     fn update(&self, piece: Piece<'_>) -> Result<()>;
 
+    /// The kernel that does the same on a device, if there is one.
+    fn kernel(&self) -> Option<KernelRule> {
+        None
+    }
+
     /// Updates only the parameters for which `select` is true.
     fn only(self, select: impl Fn(&Parameter) -> bool + 'static) -> OptimizerSpec
     where
@@ -72,6 +79,16 @@ pub trait UpdateRule: fmt::Debug + Send + Sync + 'static {
     {
         OptimizerSpec::from(self).without_decay(select)
     }
+}
+
+/// A rule of which there is a kernel, with its hyper-parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum KernelRule {
+    /// Decoupled weight decay, two moments.
+    AdamW(AdamWOptions),
+    /// Momentum, if it is not 0.
+    Sgd(SgdOptions),
 }
 
 /// AdamW (Loshchilov & Hutter 2019), with PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
@@ -118,6 +135,10 @@ impl UpdateRule for AdamW {
 
     fn check(&self, lr: f64) -> Result<()> {
         AdamWOptions { lr, ..self.0 }.check()
+    }
+
+    fn kernel(&self) -> Option<KernelRule> {
+        Some(KernelRule::AdamW(self.0))
     }
 
     fn update(&self, piece: Piece<'_>) -> Result<()> {
@@ -175,6 +196,10 @@ impl UpdateRule for Sgd {
         SgdOptions { lr, ..self.0 }.check()
     }
 
+    fn kernel(&self) -> Option<KernelRule> {
+        Some(KernelRule::Sgd(self.0))
+    }
+
     fn update(&self, piece: Piece<'_>) -> Result<()> {
         let Piece { learning_rate: lr, decays, signal, weights, gradient, state, .. } = piece;
         let weight_decay = if decays { self.0.weight_decay } else { 0.0 };
@@ -228,7 +253,6 @@ impl fmt::Debug for OptimizerSpec {
 /// A parameter bound to an optimizer.
 pub(crate) struct Bound {
     pub parameter: Parameter,
-    pub gradient: Gradient,
     /// Which parameter of its module.
     pub index: usize,
     pub decays: bool,
@@ -236,10 +260,23 @@ pub(crate) struct Bound {
     pub first_index: u64,
 }
 
-/// What the host and the closures of the compute stream share.
+/// What an optimizer is made of, whatever runs it.
 pub(crate) struct OptimizerCore {
     pub rule: Box<dyn UpdateRule>,
     pub bound: Vec<Bound>,
+    pub memory: OptimizerMemory,
+}
+
+/// Where its state is, and what steps it.
+pub(crate) enum OptimizerMemory {
+    Host(HostOptimizer),
+    Device(DeviceOptimizer),
+}
+
+/// An optimizer on the host: what the host and the closures of the compute stream share.
+pub(crate) struct HostOptimizer {
+    /// Of the bound parameters.
+    pub gradients: Vec<Gradient>,
     pub state: Mutex<OptimizerState>,
 }
 
@@ -250,9 +287,112 @@ pub(crate) struct OptimizerState {
     pub norms: NormSlots,
     /// What the next step is told by clipping; the default if it was not asked for.
     pub signal: StepSignal,
-    /// Steps made, skipped ones not counted.
+    pub counts: StepCounts,
+}
+
+/// How many steps were made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct StepCounts {
+    /// Those that changed weights.
     pub steps: u64,
     pub skipped_steps: u64,
+}
+
+/// The rule's state, to read on the host.
+pub(crate) enum Moments<'o> {
+    Own(MutexGuard<'o, OptimizerState>),
+    /// Of each bound parameter, each state.
+    Copies(Vec<Vec<Buffer>>),
+}
+
+impl Moments<'_> {
+    /// The bytes of one state of one bound parameter, of which there are `len_states` states.
+    pub fn bytes(&self, bound: usize, state: usize, len_states: usize) -> &[u8] {
+        match self {
+            Moments::Own(own) => {
+                let whole = tensor::bytes(&own.moments[bound]);
+                let len_bytes = whole.len() / len_states;
+                &whole[state * len_bytes..][..len_bytes]
+            }
+            Moments::Copies(copies) => tensor::bytes(&copies[bound][state]),
+        }
+    }
+}
+
+impl OptimizerCore {
+    /// The parts that closures on the host's streams work with.
+    pub fn host(&self) -> Result<&HostOptimizer> {
+        match &self.memory {
+            OptimizerMemory::Host(host) => Ok(host),
+            OptimizerMemory::Device(_) => Err(Error::InvalidArgument {
+                argument: "optimizer",
+                value: format!("{} of a device", self.rule.name()),
+                accepted: "an optimizer of a strategy on the host",
+            }),
+        }
+    }
+
+    /// Behind the step in flight.
+    pub fn counts(&self) -> Result<StepCounts> {
+        match &self.memory {
+            OptimizerMemory::Host(host) => Ok(lock(&host.state).counts),
+            OptimizerMemory::Device(device) => device.counts(),
+        }
+    }
+
+    pub fn set_counts(&self, counts: StepCounts) -> Result<()> {
+        match &self.memory {
+            OptimizerMemory::Host(host) => {
+                lock(&host.state).counts = counts;
+                Ok(())
+            }
+            OptimizerMemory::Device(device) => device.set_counts(counts),
+        }
+    }
+
+    /// Behind the step in flight.
+    pub fn moments(&self) -> Result<Moments<'_>> {
+        match &self.memory {
+            OptimizerMemory::Host(host) => Ok(Moments::Own(lock(&host.state))),
+            OptimizerMemory::Device(device) => device.moments().map(Moments::Copies),
+        }
+    }
+
+    /// Replaces one state of one bound parameter. The length was checked.
+    pub fn store_moment(&self, bound: usize, state: usize, bytes: &[u8]) -> Result<()> {
+        match &self.memory {
+            OptimizerMemory::Host(host) => {
+                let mut own = lock(&host.state);
+                tensor::bytes_mut(&mut own.moments[bound])[state * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
+                Ok(())
+            }
+            OptimizerMemory::Device(device) => device.store_moment(bound, state, bytes),
+        }
+    }
+}
+
+impl HostOptimizer {
+    pub fn new(rule: &dyn UpdateRule, bound: &[Bound], gradients: Vec<Gradient>) -> Result<HostOptimizer> {
+        let lens_elems: Vec<usize> = bound.iter().map(|bound| bound.parameter.len_elems()).collect();
+        let state_names = rule.state_names();
+        let moments = lens_elems
+            .iter()
+            .map(|len_elems| {
+                let len_elems = len_elems.checked_mul(state_names.len()).ok_or_else(|| Error::SizeOverflow {
+                    what: "optimizer state",
+                    detail: format!("{} tensors of {len_elems} elements", state_names.len()),
+                })?;
+                Buffer::zeroed(crate::dtype::DType::F32, len_elems)
+            })
+            .collect::<Result<_>>()?;
+        let state = OptimizerState {
+            moments,
+            norms: NormSlots::new(&lens_elems)?,
+            signal: StepSignal::default(),
+            counts: StepCounts::default(),
+        };
+        Ok(HostOptimizer { gradients, state: Mutex::new(state) })
+    }
 }
 
 /// An optimizer of a module that was set up with a strategy. It owns its rule's state; the weights belong to the
@@ -273,35 +413,15 @@ pub struct Optimizer {
 const NORM_SLOTS: usize = 4;
 
 impl Optimizer {
-    pub(crate) fn new(rule: Box<dyn UpdateRule>, bound: Vec<Bound>, module: usize, gate: Gate) -> Result<Optimizer> {
-        rule.check(rule.learning_rate())?;
-        let lens_elems: Vec<usize> = bound.iter().map(|bound| bound.parameter.len_elems()).collect();
-        let state_names = rule.state_names();
-        let moments = lens_elems
-            .iter()
-            .map(|len_elems| {
-                let len_elems = len_elems.checked_mul(state_names.len()).ok_or_else(|| Error::SizeOverflow {
-                    what: "optimizer state",
-                    detail: format!("{} tensors of {len_elems} elements", state_names.len()),
-                })?;
-                Buffer::zeroed(crate::dtype::DType::F32, len_elems)
-            })
-            .collect::<Result<_>>()?;
-        let state = OptimizerState {
-            moments,
-            norms: NormSlots::new(&lens_elems)?,
-            signal: StepSignal::default(),
-            steps: 0,
-            skipped_steps: 0,
-        };
-        Ok(Optimizer {
-            learning_rate: rule.learning_rate(),
-            core: Arc::new(OptimizerCore { rule, bound, state: Mutex::new(state) }),
+    pub(crate) fn new(core: OptimizerCore, module: usize, gate: Gate) -> Optimizer {
+        Optimizer {
+            learning_rate: core.rule.learning_rate(),
+            core: Arc::new(core),
             gate,
             module,
             measured_at: None,
             slots: (0..NORM_SLOTS).map(|_| Arc::default()).collect(),
-        })
+        }
     }
 
     /// Name of the rule.
@@ -333,7 +453,7 @@ impl Optimizer {
     /// Waits for the step in flight.
     pub fn steps(&self) -> Result<u64> {
         self.gate.wait()?;
-        Ok(lock(&self.core.state).steps)
+        Ok(self.core.counts()?.steps)
     }
 
     /// Steps skipped so far because of a gradient that was not finite.
@@ -345,7 +465,7 @@ impl Optimizer {
     /// Waits for the step in flight.
     pub fn skipped_steps(&self) -> Result<u64> {
         self.gate.wait()?;
-        Ok(lock(&self.core.state).skipped_steps)
+        Ok(self.core.counts()?.skipped_steps)
     }
 
     /// The parameters it updates, in the order of their module.

@@ -1,5 +1,7 @@
 //! What a strategy is set up with.
 
+use std::time::Duration;
+
 use crate::collective::CollectiveOptions;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -7,6 +9,19 @@ use crate::ops::GradScaler;
 use crate::strategy::Precision;
 use crate::telemetry::Timeline;
 use crate::world::WorldOptions;
+
+/// Where a strategy keeps and trains the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Accelerator {
+    /// NVIDIA devices if every rank of the machine has one of its own, else the host. As Fabric's `"auto"`.
+    #[default]
+    Auto,
+    /// The processor.
+    Host,
+    /// The NVIDIA device with this number in the driver's order; without a number, that of the local rank modulo the number
+    /// of devices, so that ranks share devices if there are more of them. An error without a driver.
+    Cuda(Option<u32>),
+}
 
 /// Options of [`SingleDevice`](super::SingleDevice) and [`Ddp`](super::Ddp). Every rank passes the same.
 ///
@@ -16,6 +31,8 @@ use crate::world::WorldOptions;
 /// ```
 #[derive(Clone)]
 pub struct StrategyOptions {
+    /// Where the model is trained. [`Accelerator::Auto`].
+    pub accelerator: Accelerator,
     /// Which numbers the model is trained in.
     pub precision: Precision,
     /// Type in which gradients are accumulated and reduced; by default the precision's.
@@ -42,6 +59,7 @@ pub struct StrategyOptions {
 impl Default for StrategyOptions {
     fn default() -> Self {
         StrategyOptions {
+            accelerator: Accelerator::default(),
             precision: Precision::default(),
             gradient_dtype: None,
             bucket_bytes: 25 << 20,
@@ -60,6 +78,11 @@ impl StrategyOptions {
     /// Type in which gradients are accumulated and reduced.
     pub fn gradient_dtype(&self) -> DType {
         self.gradient_dtype.unwrap_or(self.precision.gradient_dtype())
+    }
+
+    /// Deadline of control-plane calls.
+    pub(super) fn world_timeout(&self) -> Duration {
+        self.collective.timeout.unwrap_or(self.world.timeout)
     }
 
     /// Fails unless every option is in its range.
@@ -83,11 +106,16 @@ impl StrategyOptions {
     /// What replicas must have alike to stay alike, a line each. (How long to wait, and where to record, is each rank's own
     /// affair.)
     pub(super) fn fingerprint(&self) -> String {
+        let accelerator = match self.accelerator {
+            Accelerator::Auto => "auto",
+            Accelerator::Host => "host",
+            Accelerator::Cuda(_) => "cuda", // which one is each rank's own affair
+        };
         let StrategyOptions { precision, bucket_bytes, first_bucket_bytes, seed, stochastic_rounding, scaler, .. } =
             self;
         let CollectiveOptions { algorithm, partials, .. } = &self.collective;
         format!(
-            "precision {precision}\ngradient dtype {}\nbucket_bytes {bucket_bytes}\nfirst_bucket_bytes {first_bucket_bytes}\n\
+            "accelerator {accelerator}\nprecision {precision}\ngradient dtype {}\nbucket_bytes {bucket_bytes}\nfirst_bucket_bytes {first_bucket_bytes}\n\
              seed {seed}\nstochastic_rounding {stochastic_rounding}\nscaler {scaler:?}\nalgorithm {algorithm:?}\n\
              partials {partials:?}",
             self.gradient_dtype(),
@@ -98,6 +126,7 @@ impl StrategyOptions {
 impl std::fmt::Debug for StrategyOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StrategyOptions")
+            .field("accelerator", &self.accelerator)
             .field("precision", &self.precision)
             .field("gradient_dtype", &self.gradient_dtype())
             .field("bucket_bytes", &self.bucket_bytes)

@@ -4,6 +4,8 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+use super::cuda::DeviceMemory;
+use super::storage::{OnHost, Storage};
 use crate::device::Buffer;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
@@ -13,22 +15,23 @@ compile_error!("checkpoints hold little-endian elements and are read and written
 
 /// A dense row-major tensor.
 ///
-/// It is storage with a shape, not a tensor of an autograd library: it knows no arithmetic.
+/// It is storage with a shape, not a tensor of an autograd library: it knows no arithmetic. Its elements are on the host, or
+/// on the device of the strategy that made it or moved it there.
 pub struct Tensor {
     shape: Vec<usize>,
-    buffer: Buffer,
+    storage: Storage,
 }
 
 impl Tensor {
-    /// A private tensor of zeroes. `Strategy::alloc` makes one that peers reach directly.
+    /// A private tensor of zeroes on the host. `Strategy::alloc` makes one that peers reach directly.
     ///
     /// # Errors
     /// [`Error::SizeOverflow`] if the product of the dimensions wraps, [`Error::NoSpace`] if there is no memory.
     pub fn zeroed(shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Ok(Tensor { shape: shape.to_vec(), buffer: Buffer::zeroed(dtype, len_elems(shape)?)? })
+        Ok(Tensor { shape: shape.to_vec(), storage: Buffer::zeroed(dtype, len_elems(shape)?)?.into() })
     }
 
-    /// A private copy of `elements`, row-major.
+    /// A private copy of `elements` on the host, row-major.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] if the shape does not hold that many, and as [`zeroed`](Tensor::zeroed).
@@ -41,14 +44,19 @@ impl Tensor {
     /// # Errors
     /// [`Error::ShapeMismatch`] if the shape does not hold as many elements as the buffer.
     pub fn from_buffer(shape: &[usize], buffer: Buffer) -> Result<Tensor> {
-        if len_elems(shape)? != buffer.len_elems() {
+        Tensor::over(shape, buffer.into())
+    }
+
+    /// Gives `storage` a shape.
+    pub(crate) fn over(shape: &[usize], storage: Storage) -> Result<Tensor> {
+        if len_elems(shape)? != storage.len_elems() {
             return Err(Error::ShapeMismatch {
-                what: format!("tensor over a buffer of {} elements", buffer.len_elems()),
-                expected: vec![buffer.len_elems()],
+                what: format!("tensor over a buffer of {} elements", storage.len_elems()),
+                expected: vec![storage.len_elems()],
                 actual: shape.to_vec(),
             });
         }
-        Ok(Tensor { shape: shape.to_vec(), buffer })
+        Ok(Tensor { shape: shape.to_vec(), storage })
     }
 
     /// The dimensions, slowest first. Empty for a scalar.
@@ -58,42 +66,100 @@ impl Tensor {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.buffer.dtype()
+        self.storage.dtype()
     }
 
     /// Number of elements.
     pub fn len_elems(&self) -> usize {
-        self.buffer.len_elems()
+        self.storage.len_elems()
     }
 
     /// The elements, row-major.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`] if `T` is not the element type.
+    /// [`Error::DTypeMismatch`] if `T` is not the element type; [`Error::InvalidArgument`] for a tensor on a device.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
-        self.buffer.as_slice()
+        self.storage.host("as_slice")?.as_slice()
     }
 
     /// The elements, to write.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`] if `T` is not the element type.
+    /// As [`as_slice`](Tensor::as_slice).
     pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
-        self.buffer.as_mut_slice()
+        self.storage.host_mut("as_mut_slice")?.as_mut_slice()
     }
 
-    /// The storage.
-    pub fn buffer(&self) -> &Buffer {
-        &self.buffer
+    /// The elements' memory, if it is on the host.
+    pub fn buffer(&self) -> Option<&Buffer> {
+        self.storage.host("buffer").ok()
     }
 
-    /// Gives up the shape.
-    pub fn into_buffer(self) -> Buffer {
-        self.buffer
+    /// A copy of the elements, row-major, wherever they are.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`] if `T` is not the element type; what the device failed with.
+    ///
+    /// # Synchronization
+    /// As [`to_host`](Tensor::to_host).
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        Ok(self.on_host()?.as_slice()?.to_vec())
     }
 
-    pub(crate) fn buffer_mut(&mut self) -> &mut Buffer {
-        &mut self.buffer
+    /// Overwrites the elements, row-major, wherever they are.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
+    ///
+    /// # Synchronization
+    /// On a device in the order of the strategy's compute stream; `elements` may be changed when the call returns.
+    pub fn write<T: Element>(&mut self, elements: &[T]) -> Result<()> {
+        if elements.len() != self.len_elems() {
+            return Err(Error::LengthMismatch {
+                what: "tensor".to_owned(),
+                expected_elems: self.len_elems(),
+                actual_elems: elements.len(),
+            });
+        }
+        self.storage.overwrite(|buffer| {
+            buffer.as_mut_slice::<T>()?.copy_from_slice(elements);
+            Ok(())
+        })
+    }
+
+    /// A copy on the host.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`]; what the device failed with.
+    ///
+    /// # Synchronization
+    /// For a tensor on a device, waits for everything that was enqueued there.
+    pub fn to_host(&self) -> Result<Tensor> {
+        let mut copy = Tensor::zeroed(&self.shape, self.dtype())?;
+        let from = self.storage.on_host()?;
+        bytes_mut(copy.storage.host_mut("to_host")?).copy_from_slice(bytes(&from));
+        Ok(copy)
+    }
+
+    /// The elements on the device, as operations that are enqueued take them; `None` for a tensor on the host.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub fn device_view(&self) -> Option<crate::device::cuda::View> {
+        self.device_memory().map(DeviceMemory::view)
+    }
+
+    pub(crate) fn device_memory(&self) -> Option<&DeviceMemory> {
+        match &self.storage {
+            Storage::Host(_) => None,
+            Storage::Device(memory) => Some(memory),
+        }
+    }
+
+    pub(crate) fn storage_mut(&mut self) -> &mut Storage {
+        &mut self.storage
+    }
+
+    pub(crate) fn on_host(&self) -> Result<OnHost<'_>> {
+        self.storage.on_host()
     }
 }
 
@@ -103,10 +169,13 @@ impl fmt::Debug for Tensor {
     }
 }
 
-/// Two tensors are equal if they have the same type, shape and bits; so NaN equals itself and 0.0 is not -0.0.
+/// Two tensors are equal if they have the same type, shape and bits; so NaN equals itself and 0.0 is not -0.0. Elements on a
+/// device are copied for it, and are equal to nothing if they cannot be.
 impl PartialEq for Tensor {
     fn eq(&self, other: &Tensor) -> bool {
-        self.shape == other.shape && self.dtype() == other.dtype() && bytes(&self.buffer) == bytes(&other.buffer)
+        self.shape == other.shape
+            && self.dtype() == other.dtype()
+            && matches!((self.on_host(), other.on_host()), (Ok(a), Ok(b)) if bytes(&a) == bytes(&b))
     }
 }
 

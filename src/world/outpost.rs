@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::board::RankState;
 use super::{Core, World};
 use crate::error::Error;
 
@@ -15,6 +16,9 @@ pub(crate) trait Outpost: Send + Sync {
 
     /// The error that was found there, if any.
     fn look(&self) -> Option<Error>;
+
+    /// Asked once a beat: whether operations have been waiting there for some beats and none has ended meanwhile.
+    fn is_stuck(&self) -> bool;
 }
 
 /// The outposts of one rank.
@@ -65,8 +69,14 @@ impl Core {
         if self.fault().is_some() {
             return self.outposts.abort();
         }
-        if let Some(error) = self.outposts.alive().iter().find_map(|outpost| outpost.look()) {
+        let alive = self.outposts.alive();
+        if let Some(error) = alive.iter().find_map(|outpost| outpost.look()) {
             self.raise(error);
+        } else if alive.iter().filter(|outpost| outpost.is_stuck()).count() > 0
+            && let Some(peer) = (0..self.environment.world_size).find(|rank| self.board.state(*rank) == RankState::Left)
+        {
+            // Who left in peace has left them waiting all the same.
+            self.raise(self.lost(peer, self.doing()));
         }
     }
 }

@@ -14,6 +14,11 @@ pub const HIDDEN: usize = 40;
 pub const OUTPUTS: usize = 3;
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// `full`, or `short` where every instruction of a kernel is interpreted.
+pub fn times(full: usize, short: usize) -> usize {
+    if std::env::var_os("ANNULUS_VGPU_INSIDE").is_some() { short } else { full }
+}
+
 /// Options under which a lost test fails soon and the model has several buckets.
 pub fn options() -> StrategyOptions {
     let mut options = StrategyOptions { bucket_bytes: 512, first_bucket_bytes: 64, ..StrategyOptions::default() };
@@ -187,7 +192,7 @@ impl<'b> Loss<'b> {
 impl Backward<Mlp> for Loss<'_> {
     fn backward(&self, model: &mut Mlp, gradients: &mut GradSink<'_>) -> Result<()> {
         let weights = model.read();
-        let scale = gradients.loss_scale() / (self.batch.len() as f32 * self.micro_batches);
+        let scale = gradients.loss_scale()? / (self.batch.len() as f32 * self.micro_batches);
         let forwards: Vec<_> = self.batch.iter().map(|sample| weights.forward(sample)).collect();
         let mut bias = [0.0; OUTPUTS];
         let mut weight = vec![0.0; OUTPUTS * HIDDEN];

@@ -391,7 +391,7 @@ fn the_loss_scaler_is_in_the_checkpoint() {
     let scale_of = |strategy: &mut Box<dyn Strategy>, model: &mut Mlp| {
         let scale = std::cell::Cell::new(0.0);
         let loss = |_: &mut Mlp, sink: &mut annulus::strategy::GradSink<'_>| {
-            scale.set(sink.loss_scale());
+            scale.set(sink.loss_scale()?);
             Ok(())
         };
         strategy.backward(&loss, model).unwrap();

@@ -3,9 +3,12 @@
 use annulus::NormType;
 use annulus::strategy::{AdamW, DataLoader, Nonfinite, Precision, Strategy, StrategyOptions};
 
-use crate::model::{Loss, Mlp, TIMEOUT, bits, ddp, options, samples};
+use crate::model::{Loss, Mlp, TIMEOUT, bits, ddp, options, samples, times};
 
-const STEPS: usize = 300;
+fn steps() -> usize {
+    times(300, 6)
+}
+
 const BATCH: usize = 12;
 
 /// Losses of all steps and the weights at the end, of a run on `world_size` ranks that share batches of [`BATCH`].
@@ -27,7 +30,7 @@ fn run(world_size: u32, options: StrategyOptions) -> (Vec<f64>, Vec<f32>) {
                 strategy.backward(&Loss::of(&batch), &mut model).unwrap();
                 strategy.clip_gradients_norm(&model, &mut optimizer, 0.4, NormType::L2, Nonfinite::ErrorNow).unwrap();
                 strategy.optimizer_step(&mut optimizer).unwrap();
-                if losses.len() == STEPS {
+                if losses.len() == steps() {
                     break 'run;
                 }
             }
@@ -46,7 +49,8 @@ fn run(world_size: u32, options: StrategyOptions) -> (Vec<f64>, Vec<f32>) {
 #[test]
 fn several_ranks_follow_one_rank_on_the_whole_batch() {
     let (losses, weights) = run(1, options());
-    assert!(losses[STEPS - 1] < 0.5 * losses[0], "it learns: {} to {}", losses[0], losses[STEPS - 1]);
+    let last = losses[losses.len() - 1];
+    assert!(last < times(5, 10) as f64 * 0.1 * losses[0], "it learns: {} to {last}", losses[0]);
     for world_size in [2, 3, 4] {
         let (theirs, their_weights) = run(world_size, options());
         // Rounding of the sum order alone: 300 steps, each within a few units in the last place of f32.

@@ -86,11 +86,11 @@ impl Backward<Network> for Loss<'_> {
     fn backward(&self, network: &mut Network, gradients: &mut GradSink<'_>) -> annulus::Result<()> {
         let failed = |reason: String| annulus::Error::Backward { reason };
         let tape = self.tape.take().ok_or_else(|| failed("this loss was differentiated before".to_owned()))?;
-        self.scale.set(gradients.loss_scale());
+        self.scale.set(gradients.loss_scale()?);
         let mut start_ns = self.timeline.now_ns();
         let result = network.gpt.backward(
             tape,
-            gradients.loss_scale(),
+            gradients.loss_scale()?,
             // Nothing is gathered for later: the bucket that this gradient fills is on its way before the next segment.
             |index, gradient| gradients.write(&network.parameters[index], gradient).map_err(Failure::from),
             |segment| {

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use annulus::dtype::{NormType, ReduceOp};
 use annulus::strategy::{
-    AdamW, DataLoader, Ddp, Init, Last, Loader, LoaderState, MapStyle, Nonfinite, Optimizer, Precision, Rng, State,
-    StateMut, Statistics, Strategy, StrategyOptions, UpdateRule,
+    Accelerator, AdamW, DataLoader, Ddp, Init, Last, Loader, LoaderState, MapStyle, Nonfinite, Optimizer, Precision,
+    Rng, State, StateMut, Statistics, Strategy, StrategyOptions, UpdateRule,
 };
 use annulus::telemetry::{self, Sampler, Timeline, Track, sampler};
 use annulus::world::Environment;
@@ -93,6 +93,8 @@ impl Trainer {
             backward: timeline.track("backward"),
         };
         let options = StrategyOptions {
+            // The model computes on the processor, so its weights and gradients are best there too.
+            accelerator: Accelerator::Host,
             precision: match settings.precision.as_str() {
                 "bf16-mixed" => Precision::Bf16Mixed,
                 "f16-mixed" => Precision::F16Mixed,

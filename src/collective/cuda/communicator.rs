@@ -318,6 +318,7 @@ impl Communicator {
         let arguments = self.arguments(&call, &plan, connection, addresses);
         self.line_up(stream).map_err(|error| self.stopped(error))?;
         self.sequence += 1;
+        self.records.note_issued(1);
         // SAFETY: the region is the group's, and `world` is alive.
         unsafe { Page::of(self.region, self.rank()) }.remember(&call);
         self.note_started(&call);
@@ -390,6 +391,30 @@ impl Communicator {
     fn stopped(&self, error: Error) -> Error {
         self.world.raise(error.clone());
         error
+    }
+
+    // ---- graphs ------------------------------------------------------------------------------------------------------
+
+    /// Operations issued so far.
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The last `operations` were captured in a graph and have not run.
+    pub(crate) fn note_captured(&mut self, operations: u64) {
+        self.sequence -= operations.min(self.sequence);
+        self.records.note_issued((operations as u32).wrapping_neg());
+        for _ in 0..operations {
+            if let Some((_, id)) = self.unfinished.pop_back() {
+                self.world.record_end(id, telemetry::now_ns());
+            }
+        }
+    }
+
+    /// A graph with so many was launched.
+    pub(crate) fn note_replayed(&mut self, operations: u64) {
+        self.sequence += operations;
+        self.records.note_issued(operations as u32);
     }
 
     // ---- the flight recorder -----------------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::world::{GROUP_AREA_BYTES, Launcher, Region, World};
 
-/// How long a rank that leaves waits for the others to close what belongs to it.
-const CLOSING_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a rank that leaves waits for the others to let go of its memory. Not long: peers whose kernels wait for this rank
+/// learn that it leaves only when it does.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 /// How long one side of a probe waits for the other, which starts it at the same time.
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 

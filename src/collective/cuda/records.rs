@@ -25,7 +25,15 @@ pub(super) struct Records {
     /// The group's area, for what the ranks have issued.
     region: Region,
     timeout: Duration,
+    /// Operations given to the device.
+    issued: AtomicU32,
+    /// Operations that had run when the monitor looked last, and how often it has found as many.
+    seen: [AtomicU32; 2],
 }
+
+/// Beats without the end of an operation after which one is stuck: longer than a rank needs to do what another waits for
+/// when it leaves.
+const STUCK_BEATS: u32 = 10;
 
 impl Records {
     /// # Safety
@@ -38,7 +46,8 @@ impl Records {
         timeout: Duration,
     ) -> Result<Records> {
         let memory = Pinned::zeroed(device, FAULTS_AT + channels as usize * size_of::<FaultRecord>())?;
-        Ok(Records { memory, channels, rank, region, timeout })
+        let (issued, seen) = (AtomicU32::new(0), [const { AtomicU32::new(0) }; 2]);
+        Ok(Records { memory, channels, rank, region, timeout, issued, seen })
     }
 
     pub(super) fn abort_address(&self) -> u64 {
@@ -51,6 +60,12 @@ impl Records {
 
     pub(super) fn faults_address(&self) -> u64 {
         self.memory.address() + FAULTS_AT as u64
+    }
+
+    /// Notes that the device was given `operations` more.
+    pub(super) fn note_issued(&self, operations: u32) {
+        // Relaxed, here and where it is read: a count, through which nothing is published.
+        self.issued.fetch_add(operations, Ordering::Relaxed);
     }
 
     /// Operations that have run on the device.
@@ -128,6 +143,16 @@ fn place(record: &FaultRecord) -> String {
 }
 
 impl Outpost for Records {
+    fn is_stuck(&self) -> bool {
+        // By the monitor alone.
+        let (finished, [seen, beats]) = (self.finished(), &self.seen);
+        let waits = finished != self.issued.load(Ordering::Relaxed);
+        let stays = seen.swap(finished, Ordering::Relaxed) == finished;
+        let count = if waits && stays { beats.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        beats.store(count, Ordering::Relaxed);
+        count >= STUCK_BEATS
+    }
+
     fn abort(&self) {
         // Relaxed: it publishes nothing.
         self.word(ABORT_AT).store(1, Ordering::Relaxed);

@@ -346,7 +346,7 @@ impl View {
         self.check_like(T::DTYPE, len_elems)
     }
 
-    fn check_like(&self, dtype: DType, len_elems: usize) -> Result<()> {
+    pub(super) fn check_like(&self, dtype: DType, len_elems: usize) -> Result<()> {
         if dtype != self.dtype {
             return Err(Error::DTypeMismatch {
                 what: "buffer on the device".into(),

@@ -60,7 +60,7 @@ impl Timer {
 
     fn record(&self, event: sys::CUevent, stream: &Stream) -> Result<()> {
         let access = stream.access()?;
-        access.check_eager("cuEventRecord")?;
+        access.check_eager("cuEventRecord of a timer")?;
         // SAFETY: both live.
         self.device.check("cuEventRecord", unsafe { result::event::record(event, access.raw()) })
     }
@@ -75,22 +75,31 @@ impl Timer {
         // SAFETY: the event lives as long as `self`, and its context is current.
         let ask = || unsafe { result::event::query(self.stop) };
         until_ready(&self.device, "of a timer", "cuEventQuery", timeout, ask)?;
-        let ms = self.device.check("cuEventElapsedTime", self.ask_ms())?;
-        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
+        self.between(self.start, self.stop)
     }
-}
 
-impl Timer {
-    /// By its first name: cudarc, built for CUDA 13, calls the second, which drivers before CUDA 12.8 lack.
-    fn ask_ms(&self) -> std::result::Result<f32, result::DriverError> {
-        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
-        let mut ms = 0.0;
+    /// How long after the start of `base`, an earlier one, this one started. The longer that is, the coarser: to a
+    /// sixteen-millionth.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`](crate::Error::Cuda) if either was not reached yet; what the device failed with.
+    pub fn start_since(&self, base: &Timer) -> Result<Duration> {
+        self.device.bind()?;
+        self.between(base.start, self.start)
+    }
+
+    /// From one event to a later one. The context is current.
+    fn between(&self, start: sys::CUevent, stop: sys::CUevent) -> Result<Duration> {
+        type EventElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+        // By the name that all drivers have: cudarc asks for that of CUDA 12.8.
         // SAFETY: the library is present: a device exists. The name is documented with this type.
-        let elapsed = unsafe { sys::culib().get::<Elapsed>(b"cuEventElapsedTime\0") };
-        let elapsed = elapsed.map_err(|_| result::DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND))?;
-        // SAFETY: both events live; writes one f32.
-        unsafe { elapsed(&mut ms, self.start, self.stop) }.result()?;
-        Ok(ms)
+        let elapsed = unsafe { sys::culib().get::<EventElapsedTime>(b"cuEventElapsedTime\0") };
+        let missing = result::DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
+        let elapsed = self.device.check("cuEventElapsedTime", elapsed.map_err(|_| missing))?;
+        let mut ms = 0.0;
+        // SAFETY: both events live, and `ms` is written.
+        self.device.check("cuEventElapsedTime", unsafe { elapsed(&mut ms, start, stop) }.result())?;
+        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
     }
 }
 

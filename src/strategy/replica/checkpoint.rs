@@ -6,15 +6,16 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::Replica;
+use crate::device::Buffer;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::GradScaler;
 use crate::strategy::Precision;
 use crate::strategy::checkpoint::{self, Checkpoint, TensorView, Values};
-use crate::strategy::gate::lock;
-use crate::strategy::module::{Module, ModuleBuffer, Parameter, buffers_of, parameters_of};
-use crate::strategy::optimizer::Optimizer;
+use crate::strategy::module::{Module, ModuleBuffer, Parameter, Weights, buffers_of, parameters_of};
+use crate::strategy::optimizer::{Optimizer, StepCounts};
 use crate::strategy::state::{self, Filter, Item, ItemMut, LoadReport, OWN_KEY, State, StateDict, StateMut};
+use crate::strategy::storage::Storage;
 use crate::strategy::tensor::{self, Tensor};
 
 /// What the strategy itself adds to a checkpoint.
@@ -65,38 +66,35 @@ impl Part {
         }
     }
 
-    /// Runs `f` on what is saved of it.
-    fn with_bytes<R>(&self, f: impl FnOnce(&[u8]) -> R) -> R {
+    /// A copy of what is saved of it.
+    fn copy(&self) -> Result<Tensor> {
+        let copy = |storage: &Storage| copied(self.shape(), self.dtype(), tensor::bytes(&*storage.on_host()?));
         match self {
-            Part::Parameter(parameter) => {
-                let weights = parameter.weights();
-                f(tensor::bytes(weights.master.as_ref().unwrap_or(&weights.model)))
-            }
-            Part::Buffer(buffer) => f(tensor::bytes(&buffer.values())),
+            Part::Parameter(parameter) => copy(parameter.weights().saved()),
+            Part::Buffer(buffer) => copy(&buffer.values()),
         }
     }
 
     /// Replaces its contents. The length was checked.
     fn store(&self, bytes: &[u8]) -> Result<()> {
+        let put = |buffer: &mut Buffer| {
+            tensor::bytes_mut(buffer).copy_from_slice(bytes);
+            Ok(())
+        };
         match self {
             Part::Parameter(parameter) => {
                 let mut weights = parameter.weights_mut();
-                let weights = &mut *weights;
-                match &mut weights.master {
+                let Weights { master, model } = &mut *weights;
+                match master {
                     Some(master) => {
-                        tensor::bytes_mut(master).copy_from_slice(bytes);
-                        tensor::fill_from_f32(&mut weights.model, master.as_slice()?)
+                        master.overwrite(put)?;
+                        let master = master.on_host()?;
+                        model.overwrite(|model| tensor::fill_from_f32(model, master.as_slice()?))
                     }
-                    None => {
-                        tensor::bytes_mut(&mut weights.model).copy_from_slice(bytes);
-                        Ok(())
-                    }
+                    None => model.overwrite(put),
                 }
             }
-            Part::Buffer(buffer) => {
-                tensor::bytes_mut(&mut buffer.values_mut()).copy_from_slice(bytes);
-                Ok(())
-            }
+            Part::Buffer(buffer) => buffer.values_mut().overwrite(put),
         }
     }
 }
@@ -160,7 +158,9 @@ const RECORD_KEY: &str = "optimizer";
 
 impl Source for Copied<'_> {
     fn tensor(&self, name: &str) -> Option<(DType, Vec<usize>, &[u8])> {
-        self.0.tensors.get(name).map(|t| (t.dtype(), t.shape().to_vec(), tensor::bytes(t.buffer())))
+        // Those that get_module_state_dict made are on the host.
+        let tensor = self.0.tensors.get(name)?;
+        Some((tensor.dtype(), tensor.shape().to_vec(), tensor::bytes(tensor.buffer()?)))
     }
 
     fn names(&self) -> BTreeSet<String> {
@@ -250,51 +250,41 @@ fn validate_optimizer(
 }
 
 fn store_optimizer(source: &dyn Source, optimizer: &mut Optimizer, record: Option<OptimizerRecord>) -> Result<()> {
-    let names = optimizer.state_names();
-    let mut state = lock(&optimizer.core.state);
-    for (bound, moments) in optimizer.core.bound.iter().zip(&mut state.moments) {
-        let len_bytes = bound.parameter.len_elems() * size_of::<f32>();
-        for (index, name) in names.iter().enumerate() {
+    for (at, bound) in optimizer.core.bound.iter().enumerate() {
+        for (index, name) in optimizer.state_names().iter().enumerate() {
             if let Some((.., bytes)) = source.tensor(&format!("{name}.{}", bound.parameter.name())) {
-                tensor::bytes_mut(moments)[index * len_bytes..][..len_bytes].copy_from_slice(bytes);
+                optimizer.core.store_moment(at, index, bytes)?;
             }
         }
     }
     if let Some(OptimizerRecord { steps, skipped_steps, learning_rate, .. }) = record {
-        (state.steps, state.skipped_steps) = (steps, skipped_steps);
-        drop(state);
+        optimizer.core.set_counts(StepCounts { steps, skipped_steps })?;
         optimizer.restore_learning_rate(learning_rate);
     }
     Ok(())
 }
 
-fn record_of(optimizer: &Optimizer) -> OptimizerRecord {
-    let state = lock(&optimizer.core.state);
-    OptimizerRecord {
-        rule: optimizer.rule_name().to_owned(),
-        learning_rate: optimizer.learning_rate(),
-        steps: state.steps,
-        skipped_steps: state.skipped_steps,
-    }
+fn record_of(optimizer: &Optimizer) -> Result<OptimizerRecord> {
+    let StepCounts { steps, skipped_steps } = optimizer.core.counts()?;
+    let (rule, learning_rate) = (optimizer.rule_name().to_owned(), optimizer.learning_rate());
+    Ok(OptimizerRecord { rule, learning_rate, steps, skipped_steps })
 }
 
 /// A copy of bytes as a tensor.
 fn copied(shape: &[usize], dtype: DType, bytes: &[u8]) -> Result<Tensor> {
     let mut tensor = Tensor::zeroed(shape, dtype)?;
-    tensor::bytes_mut(tensor.buffer_mut()).copy_from_slice(bytes);
+    tensor.storage_mut().overwrite(|buffer| {
+        tensor::bytes_mut(buffer).copy_from_slice(bytes);
+        Ok(())
+    })?;
     Ok(tensor)
 }
 
 impl Replica {
     pub fn get_module_state_dict(&mut self, module: &dyn Module) -> Result<StateDict> {
         self.gate.wait()?;
-        let tensors = parts_of(module)
-            .iter()
-            .map(|part| {
-                let tensor = part.with_bytes(|bytes| copied(part.shape(), part.dtype(), bytes))?;
-                Ok((part.name().to_owned(), tensor))
-            })
-            .collect::<Result<_>>()?;
+        let tensors =
+            parts_of(module).iter().map(|part| Ok((part.name().to_owned(), part.copy()?))).collect::<Result<_>>()?;
         Ok(StateDict { tensors, values: Values::new() })
     }
 
@@ -315,12 +305,11 @@ impl Replica {
         self.check_own(optimizer)?;
         self.gate.wait()?;
         let mut dict = StateDict::default();
-        dict.values.insert(RECORD_KEY, &record_of(optimizer))?;
-        let state = lock(&optimizer.core.state);
-        for (bound, moments) in optimizer.core.bound.iter().zip(&state.moments) {
-            let len_bytes = bound.parameter.len_elems() * size_of::<f32>();
-            for (index, name) in optimizer.state_names().iter().enumerate() {
-                let bytes = &tensor::bytes(moments)[index * len_bytes..][..len_bytes];
+        dict.values.insert(RECORD_KEY, &record_of(optimizer)?)?;
+        let (moments, names) = (optimizer.core.moments()?, optimizer.state_names());
+        for (at, bound) in optimizer.core.bound.iter().enumerate() {
+            for (index, name) in names.iter().enumerate() {
+                let bytes = moments.bytes(at, index, names.len());
                 let tensor = copied(bound.parameter.shape(), DType::F32, bytes)?;
                 dict.tensors.insert(format!("{name}.{}", bound.parameter.name()), tensor);
             }
@@ -397,7 +386,7 @@ impl Replica {
             }
         }
         if let Some(own) = plan.own.filter(|_| !state.items.is_empty() && self.options.precision.scales_loss()) {
-            *lock(&self.scaler) = own.scaler;
+            self.set_scaler(own.scaler)?;
         }
         let mut remaining = state::keys_of(&checkpoint);
         state.items.iter().for_each(|(key, _)| {
@@ -453,7 +442,7 @@ fn prepare(state: &State<'_>, filter: Option<&Filter<'_>>) -> Result<Values> {
     for (key, item) in &state.items {
         match item {
             Item::Module(_) => {}
-            Item::Optimizer(optimizer) => values.insert(key.as_str(), &record_of(optimizer))?,
+            Item::Optimizer(optimizer) => values.insert(key.as_str(), &record_of(optimizer)?)?,
             Item::Value(text) => values.insert_json(key, text.clone()?),
             Item::PerRank(text) => {
                 text.clone()?;
@@ -493,25 +482,28 @@ fn write(path: &Path, state: &State<'_>, filter: Option<&Filter<'_>>, mut values
         .items
         .iter()
         .filter_map(|(key, item)| match item {
-            Item::Optimizer(optimizer) => Some((&**key, *optimizer, lock(&optimizer.core.state))),
+            Item::Optimizer(optimizer) => Some((&**key, *optimizer)),
             _ => None,
         })
         .collect();
+    // What is on a device is copied to the host, all of it: the file is written in one go.
+    let saved = weights.iter().map(|(.., weights)| weights.saved().on_host()).collect::<Result<Vec<_>>>()?;
+    let kept = buffers.iter().map(|(.., values)| values.on_host()).collect::<Result<Vec<_>>>()?;
+    let moments = optimizers.iter().map(|(_, optimizer)| optimizer.core.moments()).collect::<Result<Vec<_>>>()?;
 
     let mut views: Vec<(&str, TensorView<'_>)> = Vec::new();
-    for (key, parameter, weights) in &weights {
-        let saved = weights.master.as_ref().unwrap_or(&weights.model);
+    for ((key, parameter, _), saved) in weights.iter().zip(&saved) {
         views.push((key, view(parameter.name().to_owned(), parameter.shape(), saved.dtype(), tensor::bytes(saved))));
     }
-    for (key, buffer, values) in &buffers {
+    for ((key, buffer, _), values) in buffers.iter().zip(&kept) {
         views.push((key, view(buffer.name().to_owned(), buffer.shape(), buffer.dtype(), tensor::bytes(values))));
     }
-    for (key, optimizer, state) in &optimizers {
-        for (bound, moments) in optimizer.core.bound.iter().zip(&state.moments) {
+    for ((key, optimizer), moments) in optimizers.iter().zip(&moments) {
+        let names = optimizer.state_names();
+        for (at, bound) in optimizer.core.bound.iter().enumerate() {
             let (name, shape) = (bound.parameter.name(), bound.parameter.shape());
-            let len_bytes = bound.parameter.len_elems() * size_of::<f32>();
-            for (index, state_name) in optimizer.state_names().iter().enumerate() {
-                let bytes = &tensor::bytes(moments)[index * len_bytes..][..len_bytes];
+            for (index, state_name) in names.iter().enumerate() {
+                let bytes = moments.bytes(at, index, names.len());
                 views.push((key, view(format!("{state_name}.{name}"), shape, DType::F32, bytes)));
             }
         }

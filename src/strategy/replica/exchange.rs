@@ -6,6 +6,8 @@ use crate::device::Buffer;
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::strategy::exchange::Group;
+use crate::strategy::place::Place;
+use crate::strategy::storage::Storage;
 use crate::strategy::tensor::{self, Tensor, len_elems, with_element};
 
 /// Most dimensions of a tensor that is gathered or broadcast.
@@ -39,25 +41,48 @@ impl Replica {
     }
 
     pub fn all_reduce_tensor(&mut self, tensor: &mut Tensor, group: Option<&mut Group>, op: ReduceOp) -> Result<()> {
-        if !tensor.buffer().is_registered() {
-            return self.all_reduce_elements(tensor.dtype(), tensor::bytes_mut(tensor.buffer_mut()), group, op);
+        self.check()?;
+        if let (Some(memory), Some(device), None) = (tensor.device_memory(), &mut self.device, &group) {
+            return device.all_reduce(memory, op);
         }
-        self.gate.check()?;
+        if !tensor.buffer().is_some_and(Buffer::is_registered) {
+            let dtype = tensor.dtype();
+            let storage = tensor.storage_mut();
+            return storage.change(|buffer| self.all_reduce_elements(dtype, tensor::bytes_mut(buffer), group, op));
+        }
         op.check(tensor.dtype())?;
-        self.communicator(group).all_reduce_buffer(tensor.buffer_mut(), op)
+        let buffer = tensor.storage_mut().host_mut("all_reduce")?;
+        self.communicator(group).all_reduce_buffer(buffer, op)
     }
 
     pub fn all_gather(&mut self, tensor: &Tensor, mut group: Option<&mut Group>) -> Result<Tensor> {
         self.gate.check()?;
         self.check_shapes("the shape of a tensor to gather", tensor, group.as_deref_mut())?;
-        let communicator = self.communicator(group);
-        let mut shape = vec![communicator.world_size() as usize];
+        let mut shape = vec![group.as_ref().map_or(self.world_size(), |group| group.world_size()) as usize];
         shape.extend(tensor.shape());
+        if let (Some(memory), Some(device), None) = (tensor.device_memory(), &mut self.device, &group) {
+            return Tensor::over(&shape, Storage::Device(device.all_gather(memory, len_elems(&shape)?)?));
+        }
+        let communicator = self.communicator(group);
         let mut gathered = Buffer::zeroed(tensor.dtype(), len_elems(&shape)?)?;
+        let mine = tensor.on_host()?;
         with_element!(tensor.dtype(), T => {
-            communicator.all_gather_slice::<T>(tensor.as_slice()?, gathered.as_mut_slice()?)
+            communicator.all_gather_slice::<T>(mine.as_slice()?, gathered.as_mut_slice()?)
         })?;
-        Tensor::from_buffer(&shape, gathered)
+        drop(mine);
+        self.like(tensor, &shape, gathered)
+    }
+
+    /// A tensor over `buffer`, where `other` is.
+    fn like(&self, other: &Tensor, shape: &[usize], buffer: Buffer) -> Result<Tensor> {
+        match (other.device_memory(), &self.place) {
+            (Some(_), Place::Device(place)) => {
+                let memory = place.alloc(buffer.dtype(), buffer.len_elems())?;
+                memory.copy_from_host(&buffer)?;
+                Tensor::over(shape, Storage::Device(memory))
+            }
+            _ => Tensor::from_buffer(shape, buffer),
+        }
     }
 
     pub fn all_gather_backward(&mut self, gradient: &Tensor, group: Option<&mut Group>) -> Result<Tensor> {
@@ -74,11 +99,14 @@ impl Replica {
             });
         }
         ReduceOp::Sum.check(dtype)?;
-        let mut shard = Tensor::zeroed(&gradient.shape()[1..], dtype)?;
+        let shape = &gradient.shape()[1..];
+        let mut shard = Buffer::zeroed(dtype, len_elems(shape)?)?;
+        let whole = gradient.on_host()?;
         with_element!(dtype, T => {
-            communicator.reduce_scatter_slice::<T>(gradient.as_slice()?, shard.as_mut_slice()?, ReduceOp::Sum)
+            communicator.reduce_scatter_slice::<T>(whole.as_slice()?, shard.as_mut_slice()?, ReduceOp::Sum)
         })?;
-        Ok(shard)
+        drop(whole);
+        self.like(gradient, shape, shard)
     }
 
     /// Fails on every rank unless all of the group have a tensor of the same type and shape.
@@ -123,8 +151,14 @@ impl Replica {
     pub fn broadcast(&mut self, tensor: &mut Tensor, src: u32, mut group: Option<&mut Group>) -> Result<()> {
         self.gate.check()?;
         self.check_shapes("the shape of a tensor to broadcast", tensor, group.as_deref_mut())?;
+        if let (Some(memory), Some(device), None) = (tensor.device_memory(), &mut self.device, &group) {
+            return device.broadcast(memory, src);
+        }
+        let dtype = tensor.dtype();
         let communicator = self.communicator(group);
-        with_element!(tensor.dtype(), T => communicator.broadcast_slice::<T>(tensor.as_mut_slice()?, src))
+        tensor
+            .storage_mut()
+            .change(|buffer| with_element!(dtype, T => communicator.broadcast_slice::<T>(buffer.as_mut_slice()?, src)))
     }
 
     pub fn broadcast_bytes(&mut self, bytes: &[u8], src: u32) -> Result<Vec<u8>> {

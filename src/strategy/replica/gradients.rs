@@ -10,6 +10,7 @@ use crate::dtype::ReduceOp;
 use crate::error::{Error, Result};
 use crate::ops::{Slice, SliceMut};
 use crate::strategy::bucket::Gradients;
+use crate::strategy::cuda::DeviceReceiver;
 use crate::strategy::gate::{Gate, lock};
 use crate::strategy::gradient::{BucketProgress, GradSink, Receiver, contribute};
 use crate::strategy::module::{Module, Parameter};
@@ -49,11 +50,8 @@ impl Replica {
     /// Reports the error of a norm that was to be reported by the next call.
     pub(super) fn report_deferred(&mut self) -> Result<()> {
         let Some(slot) = self.deferred.take() else { return Ok(()) };
-        slot.measured.synchronize(self.gate.timeout())?;
-        match lock(&slot.nonfinite).take() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        slot.wait(self.gate.timeout())?;
+        slot.take_nonfinite().map_or(Ok(()), Err)
     }
 
     pub fn run_backward(
@@ -62,35 +60,46 @@ impl Replica {
         body: &mut dyn FnMut(&mut GradSink<'_>) -> Result<()>,
     ) -> Result<()> {
         let number = self.module_number(module)?;
+        self.check()?;
         self.report_deferred()?;
-        // The loss scale is that which the step in flight leaves behind.
-        self.gate.wait()?;
+        if self.device.is_none() {
+            // The loss scale is that which the step in flight leaves behind. On a device it is read there.
+            self.gate.wait()?;
+        }
         let span = self.options.timeline.open(self.track, "backward", self.backwards, 0);
         let ReplicatedModule { gradients, no_sync_guards, .. } = &mut self.modules[number];
         let synchronize = !self.reduces || no_sync_guards.load(Ordering::Relaxed) == 0;
-        if !gradients.has_any() {
-            gradients.loss_scale = match self.options.precision.scales_loss() {
-                true => lock(&self.scaler).scale(),
-                false => 1.0,
-            };
-        }
-        gradients.begin();
-        let loss_scale = gradients.loss_scale;
-        let mut backward = RunningBackward {
-            number,
-            gradients,
-            communicator: &mut self.communicator,
-            reduces: self.reduces && synchronize,
-            synchronize,
-            compute: &self.compute,
-            communication: &self.communication,
-            filled: &self.filled,
-            gate: &self.gate,
-            counters: &self.counters,
+        let reduces = self.reduces && synchronize;
+        let done = match &mut self.device {
+            Some(device) => {
+                let mut backward = device.begin_backward(number, gradients, reduces, synchronize, &self.gate)?;
+                body(&mut GradSink::new(&mut backward)).and_then(|()| backward.finish())
+            }
+            None => {
+                if !gradients.has_any() {
+                    gradients.loss_scale = match self.options.precision.scales_loss() {
+                        true => lock(&self.scaler).scale(),
+                        false => 1.0,
+                    };
+                }
+                gradients.begin();
+                let mut backward = RunningBackward {
+                    number,
+                    gradients,
+                    communicator: &mut self.communicator,
+                    reduces,
+                    synchronize,
+                    compute: &self.compute,
+                    communication: &self.communication,
+                    filled: &self.filled,
+                    gate: &self.gate,
+                    counters: &self.counters,
+                };
+                body(&mut GradSink::new(&mut backward)).and_then(|()| backward.finish())
+            }
         };
-        let done = body(&mut GradSink::new(&mut backward, loss_scale)).and_then(|()| backward.finish());
+        let gradients = &mut self.modules[number].gradients;
         if let Err(error) = done {
-            let reduces = backward.reduces;
             let all = 0..gradients.parameters.len();
             gradients.discard(all);
             if reduces && self.world.world_size() > 1 {
@@ -129,34 +138,23 @@ struct RunningBackward<'r> {
 impl Receiver for RunningBackward<'_> {
     fn receive(&mut self, parameter: &Parameter, gradient: Slice<'_>, is_last: bool) -> Result<()> {
         self.gate.check()?;
-        let slot = parameter.slot().filter(|slot| slot.module == self.number && parameter.gate().is_same(self.gate));
-        let index = slot.map(|slot| slot.parameter).ok_or_else(|| Error::InvalidArgument {
-            argument: "parameter",
-            value: format!("{:?}", parameter.name()),
-            accepted: "a parameter of the module that backward was called with",
-        })?;
-        if self.gradients.is_ready(index) {
-            return Err(Error::InvalidArgument {
-                argument: "gradient",
-                value: format!("a second one of parameter {:?}", parameter.name()),
-                accepted: "one final gradient for each parameter and backward; contributions before it go through add",
-            });
-        }
-        if gradient.len_elems() != parameter.len_elems() {
-            return Err(Error::LengthMismatch {
-                what: format!("gradient of parameter {:?}", parameter.name()),
-                expected_elems: parameter.len_elems(),
-                actual_elems: gradient.len_elems(),
-            });
-        }
+        let index = self.gradients.expect(self.number, self.gate, parameter, gradient.len_elems())?;
         let replace = self.gradients.touch(index);
-        let place = &self.gradients.gradients[index];
+        let place = &self.gradients.host_gradients()[index];
         self.compute.run(|| place.write(|target| contribute(target, gradient, replace)))??;
         if is_last {
             self.gradients.set_ready(index);
             self.launch_full()?;
         }
         Ok(())
+    }
+
+    fn loss_scale(&self) -> Result<f32> {
+        Ok(self.gradients.loss_scale)
+    }
+
+    fn on_device(&mut self) -> Option<&mut dyn DeviceReceiver> {
+        None
     }
 
     fn is_synchronizing(&self) -> bool {
@@ -166,10 +164,10 @@ impl Receiver for RunningBackward<'_> {
     fn buckets(&self) -> BucketProgress {
         let launched = self.gradients.launched();
         let reduced = match self.reduces {
-            true => self.gradients.buckets[..launched].iter().filter(|bucket| bucket.is_reduced()).count(),
+            true => self.gradients.host_buckets()[..launched].iter().filter(|bucket| bucket.is_reduced()).count(),
             false => 0,
         };
-        BucketProgress { total: self.gradients.buckets.len(), launched, reduced }
+        BucketProgress { total: self.gradients.len_buckets(), launched, reduced }
     }
 }
 
@@ -187,7 +185,7 @@ impl RunningBackward<'_> {
             let counters = Arc::clone(self.counters);
             self.communication.enqueue(move || counters.reduction_start_ns.store(now_ns(), Ordering::Relaxed))?;
             let (communicator, communication) = (&mut *self.communicator, self.communication);
-            self.gradients.buckets[bucket]
+            self.gradients.host_buckets()[bucket]
                 .launch(|buffer| communicator.all_reduce(buffer, ReduceOp::Avg, communication))?;
             let counters = Arc::clone(self.counters);
             self.communication.enqueue(move || {
@@ -207,7 +205,7 @@ impl RunningBackward<'_> {
             // it. Without a reduction what earlier micro-batches left is complete as it is.
             if self.synchronize && !self.gradients.has(index) {
                 self.gradients.touch(index);
-                let place = &self.gradients.gradients[index];
+                let place = &self.gradients.host_gradients()[index];
                 self.compute.run(|| {
                     place.write(|target| {
                         match target {

@@ -8,12 +8,15 @@
 //! communication                          └ all_reduce(bucket 0) └ all_reduce(bucket 1) …
 //! ```
 
+#[cfg(all(feature = "cuda", not(loom)))]
+mod captured;
 mod checkpoint;
 mod exchange;
 mod gradients;
 mod step;
 
 pub use gradients::NoSyncGuard;
+pub(crate) use step::Measurement;
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -21,13 +24,17 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::bucket::Gradients;
+use super::batch::Device;
+use super::bucket::{Buckets, Gradients};
 use super::clip::NormSlot;
-use super::gate::{Gate, lock};
-use super::module::{self, GradientSlot, Init, Module, ModuleBuffer, ModuleInit, Parameter};
-use super::optimizer::{Bound, Optimizer, OptimizerSpec};
+use super::cuda::DeviceBackend;
+use super::gate::Gate;
+use super::module::{self, GradientSlot, Init, Module, ModuleBuffer, ModuleInit, Parameter, Weights};
+use super::optimizer::{Bound, HostOptimizer, Optimizer, OptimizerCore, OptimizerMemory, OptimizerSpec};
 use super::options::StrategyOptions;
+use super::place::Place;
 use super::statistics::{Counters, Statistics};
+use super::storage::Storage;
 use super::tensor::{self, Tensor};
 use crate::collective::Communicator;
 use crate::device::{Arena, Buffer, Event, Stream};
@@ -44,7 +51,11 @@ const HOST_GRACE: Duration = Duration::from_secs(1_260);
 pub(crate) struct Replica {
     options: StrategyOptions,
     world: World,
-    arena: Arena,
+    /// Where parameters, gradients and moments are.
+    place: Place,
+    /// Of a strategy on a device, all that works there; the streams and the communicator below are then for values on the
+    /// host only.
+    device: Option<DeviceBackend>,
     communicator: Communicator,
     /// Whether gradients are reduced over the ranks.
     reduces: bool,
@@ -83,25 +94,32 @@ impl Replica {
         }
         let track = options.timeline.track("compute");
         let timeout = collective.timeout.unwrap_or(world.options().timeout).saturating_add(HOST_GRACE);
-        let mut replica = Replica {
-            arena: Arena::new(&world),
+        check_agreement(&world, options.world_timeout(), "the strategy's options", &options.fingerprint())?;
+        let counters = Arc::default();
+        let device = DeviceBackend::open(&world, &options, timeout, &counters)?;
+        let (place, gate) = match &device {
+            Some(device) => (device.place(), device.gate(timeout)),
+            None => (Place::Host(Arena::new(&world)), Gate::new(timeout)),
+        };
+        let replica = Replica {
+            place,
+            device,
             communicator: Communicator::new(&world, collective)?,
             reduces,
             compute: Stream::new("compute")?,
             communication: Stream::new("communication")?,
             filled: Event::new(),
-            gate: Gate::new(timeout),
+            gate,
             modules: Vec::new(),
             parameter_elems: 0,
             scaler: Arc::new(Mutex::new(options.scaler)),
             deferred: None,
-            counters: Arc::default(),
+            counters,
             track,
             backwards: 0,
             world,
             options,
         };
-        replica.check_agreement("the strategy's options", &replica.options.fingerprint())?;
         Ok(replica)
     }
 
@@ -129,21 +147,34 @@ impl Replica {
         &self.options
     }
 
+    pub fn root_device(&self) -> Device {
+        self.device.as_ref().map_or(Device::Host, DeviceBackend::root_device)
+    }
+
+    /// The error that made the strategy unusable, if there was one: also one that a device has reported since.
+    fn check(&mut self) -> Result<()> {
+        self.gate.check()?;
+        match &mut self.device {
+            Some(device) => device.check().map_err(|error| self.gate.fail(error)),
+            None => Ok(()),
+        }
+    }
+
     pub fn statistics(&self) -> Statistics {
         self.counters.read()
     }
 
     /// Deadline of control-plane calls.
     fn timeout(&self) -> Duration {
-        self.options.collective.timeout.unwrap_or(self.options.world.timeout)
+        self.options.world_timeout()
     }
 
     pub fn module_init_context(&mut self, init: Init) -> ModuleInit {
-        ModuleInit::new(self.arena.clone(), self.options.precision, self.gate.clone(), init)
+        ModuleInit::new(self.place.clone(), self.options.precision, self.gate.clone(), init)
     }
 
     pub fn alloc(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Tensor::from_buffer(shape, self.arena.alloc(dtype, tensor::len_elems(shape)?)?)
+        Tensor::over(shape, self.place.alloc(dtype, tensor::len_elems(shape)?)?)
     }
 
     pub fn setup_module(&mut self, module: &dyn Module) -> Result<()> {
@@ -156,13 +187,12 @@ impl Replica {
             self.share_parameter(parameter)?;
         }
         for buffer in &buffers {
-            let mut values = buffer.values_mut();
-            *values = self.share(std::mem::replace(&mut *values, Buffer::zeroed(buffer.dtype(), 0)?))?;
+            self.share(&mut buffer.values_mut())?;
         }
         let number = self.modules.len();
         let gradients = Gradients::new(
             parameters.clone(),
-            &self.arena,
+            &self.place,
             self.options.gradient_dtype(),
             self.options.first_bucket_bytes,
             self.options.bucket_bytes,
@@ -212,25 +242,30 @@ impl Replica {
     /// Makes a parameter that of rank 0.
     fn share_parameter(&mut self, parameter: &Parameter) -> Result<()> {
         let mut weights = parameter.weights_mut();
-        let weights = &mut *weights;
-        match &mut weights.master {
+        let Weights { master, model } = &mut *weights;
+        match master {
             Some(master) => {
-                *master = self.share(std::mem::replace(master, Buffer::zeroed(DType::F32, 0)?))?;
+                self.share(master)?;
                 // Rounded here as everywhere, so it is the same on every rank too.
-                tensor::fill_from_f32(&mut weights.model, master.as_slice()?)
+                let master = master.on_host()?;
+                model.overwrite(|model| tensor::fill_from_f32(model, master.as_slice()?))
             }
-            None => {
-                let dtype = weights.model.dtype();
-                weights.model = self.share(std::mem::replace(&mut weights.model, Buffer::zeroed(dtype, 0)?))?;
-                Ok(())
-            }
+            None => self.share(model),
         }
     }
 
-    /// Rank 0's contents of a buffer.
-    fn share(&mut self, buffer: Buffer) -> Result<Buffer> {
-        let work = self.communicator.broadcast(buffer, 0, &self.communication);
-        work.and_then(|work| work.wait()).map_err(|error| self.gate.fail(error))
+    /// Rank 0's contents of a tensor.
+    fn share(&mut self, storage: &mut Storage) -> Result<()> {
+        let shared = match (storage, &mut self.device) {
+            (Storage::Device(memory), Some(device)) => device.share(memory),
+            (storage, _) => {
+                let buffer = storage.host_mut("setup_module")?;
+                let own = std::mem::replace(buffer, Buffer::zeroed(buffer.dtype(), 0)?);
+                let work = self.communicator.broadcast(own, 0, &self.communication);
+                work.and_then(|work| work.wait()).map(|whole| *buffer = whole)
+            }
+        };
+        shared.map_err(|error| self.gate.fail(error))
     }
 
     pub fn setup_optimizer(&mut self, module: &dyn Module, spec: OptimizerSpec) -> Result<Optimizer> {
@@ -246,13 +281,7 @@ impl Replica {
                         what: format!("an optimizer of parameter {:?}", parameter.name()),
                     });
                 }
-                bound.push(Bound {
-                    parameter: parameter.clone(),
-                    gradient: gradients.gradients[index].clone(),
-                    index,
-                    decays: spec.decays(parameter),
-                    first_index,
-                });
+                bound.push(Bound { parameter: parameter.clone(), index, decays: spec.decays(parameter), first_index });
             }
             first_index = first_index.saturating_add(parameter.len_elems() as u64);
         }
@@ -263,7 +292,18 @@ impl Replica {
                 accepted: "an optimizer selects at least one parameter",
             });
         }
-        let optimizer = Optimizer::new(spec.rule, bound, number, self.gate.clone())?;
+        spec.rule.check(spec.rule.learning_rate())?;
+        let memory = match (&self.device, &gradients.memory) {
+            (Some(device), Buckets::Device(gradients)) => {
+                OptimizerMemory::Device(device.optimizer(&*spec.rule, &bound, gradients)?)
+            }
+            _ => {
+                let gradients = bound.iter().map(|bound| gradients.host_gradients()[bound.index].clone()).collect();
+                OptimizerMemory::Host(HostOptimizer::new(&*spec.rule, &bound, gradients)?)
+            }
+        };
+        let core = OptimizerCore { rule: spec.rule, bound, memory };
+        let optimizer = Optimizer::new(core, number, self.gate.clone());
         self.check_agreement("the optimizer", &optimizer.description())?;
         optimizer.parameters().try_for_each(Parameter::claim)?;
         Ok(optimizer)
@@ -307,39 +347,49 @@ impl Replica {
     }
 
     pub fn check_agreement(&mut self, what: &str, mine: &str) -> Result<()> {
-        let all = self.world.all_gather_bytes(mine.as_bytes(), self.timeout())?;
-        let Some(peer) = all.iter().position(|theirs| theirs != &all[0]) else { return Ok(()) };
-        let (first, other) = (String::from_utf8_lossy(&all[0]), String::from_utf8_lossy(&all[peer]));
-        let (first, other) = first_difference(&first, &other);
-        Err(Error::Disagreement {
-            what: what.to_owned(),
-            rank: 0,
-            mine: first.to_owned(),
-            peer: peer as u32,
-            theirs: other.to_owned(),
-        })
+        check_agreement(&self.world, self.timeout(), what, mine)
     }
 
     pub fn synchronize(&mut self) -> Result<()> {
         self.compute.synchronize(self.gate.timeout())?;
         self.communication.synchronize(self.gate.timeout())?;
-        self.gate.check()
+        if let Some(device) = &mut self.device {
+            device.synchronize().map_err(|error| self.gate.fail(error))?;
+        }
+        self.check()
     }
 
     /// Waits for the streams, and for the other ranks.
-    pub fn teardown(self, timeout: Duration) -> Result<()> {
+    pub fn teardown(mut self, timeout: Duration) -> Result<()> {
         let start = std::time::Instant::now();
         let left = || timeout.saturating_sub(start.elapsed());
         let drained = self.compute.synchronize(left()).and_then(|()| self.communication.synchronize(left()));
+        let on_device = self.device.as_mut().map_or(Ok(()), |device| device.drain(left()));
         let failure = self.gate.check();
         // The last step's; there is no later call to tell it. What was not measured in time is not waited for.
-        let deferred = self.deferred.as_ref().and_then(|slot| lock(&slot.nonfinite).take());
-        let Replica { world, communicator, arena, modules, .. } = self;
+        let deferred = self.deferred.as_ref().and_then(|slot| slot.take_nonfinite());
+        let Replica { world, communicator, place, device, modules, .. } = self;
         // A peer may still read this rank's memory until it has come to the barrier, too.
+        drop(device);
         let torn_down = world.clone().teardown(left());
-        drop((communicator, arena, modules, world));
-        drained.and(failure).and(deferred.map_or(Ok(()), Err)).and(torn_down)
+        drop((communicator, place, modules, world));
+        drained.and(on_device).and(failure).and(deferred.map_or(Ok(()), Err)).and(torn_down)
     }
+}
+
+/// Fails on every rank unless all of them pass the same text.
+fn check_agreement(world: &World, timeout: Duration, what: &str, mine: &str) -> Result<()> {
+    let all = world.all_gather_bytes(mine.as_bytes(), timeout)?;
+    let Some(peer) = all.iter().position(|theirs| theirs != &all[0]) else { return Ok(()) };
+    let (first, other) = (String::from_utf8_lossy(&all[0]), String::from_utf8_lossy(&all[peer]));
+    let (first, other) = first_difference(&first, &other);
+    Err(Error::Disagreement {
+        what: what.to_owned(),
+        rank: 0,
+        mine: first.to_owned(),
+        peer: peer as u32,
+        theirs: other.to_owned(),
+    })
 }
 
 fn foreign(name: &str) -> Error {

@@ -7,26 +7,27 @@ use super::Replica;
 use crate::dtype::{DType, NormType};
 use crate::error::{Error, Result};
 use crate::ops::{self, GradScaler, Rounding, RoundingKey, Saturate, SliceMut, StepSignal, Weights};
-use crate::strategy::bucket;
+use crate::strategy::bucket::{self, Buckets, Gradient};
 use crate::strategy::clip::{Nonfinite, NormHandle, NormSlot};
+use crate::strategy::cuda::DeviceBackend;
 use crate::strategy::gate::lock;
 use crate::strategy::module::{Module, Parameter};
-use crate::strategy::optimizer::{Bound, Optimizer, OptimizerCore, OptimizerState, Piece};
+use crate::strategy::optimizer::{Optimizer, OptimizerCore, OptimizerMemory, OptimizerState, Piece};
 use crate::strategy::statistics::Counters;
 use crate::telemetry::trace::now_ns;
 
 /// What is measured of the gradients, and what follows from it.
 #[derive(Clone, Copy)]
-struct Measurement {
-    norm_type: NormType,
-    max_norm: f64,
-    policy: Nonfinite,
-    /// In the gradients.
+pub(crate) struct Measurement {
+    pub norm_type: NormType,
+    pub max_norm: f64,
+    pub policy: Nonfinite,
+    /// In the gradients, on the host.
     loss_scale: f32,
-    scales_loss: bool,
+    pub scales_loss: bool,
     /// Whether these very gradients were measured before. What that found still holds, though clipping by value may have
     /// hidden it since.
-    is_again: bool,
+    pub is_again: bool,
 }
 
 impl Replica {
@@ -64,14 +65,17 @@ impl Replica {
     }
 
     /// Orders the compute stream behind the reductions of a module.
-    fn join(&mut self, module: usize) -> Result<()> {
+    pub(super) fn join(&mut self, module: usize) -> Result<()> {
         let gradients = &mut self.modules[module].gradients;
         if !std::mem::replace(&mut gradients.unjoined, false) {
             return Ok(());
         }
+        if let Some(device) = &self.device {
+            return device.join();
+        }
         let counters = Arc::clone(&self.counters);
         self.compute.enqueue(move || counters.wait_start_ns.store(now_ns(), Ordering::Relaxed))?;
-        for bucket in &gradients.buckets {
+        for bucket in gradients.host_buckets() {
             bucket.join(&self.compute)?;
         }
         let counters = Arc::clone(&self.counters);
@@ -91,20 +95,30 @@ impl Replica {
         norm_type: NormType,
         policy: Nonfinite,
     ) -> Result<NormHandle> {
-        self.gate.check()?;
+        self.check()?;
         self.report_deferred()?;
         norm_type.check()?;
         ops::clip::check_max_norm(max_norm)?;
         self.check_module(module, optimizer)?;
         self.check_gradients(optimizer, "clip_gradients_norm")?;
         let slot = self.measure(optimizer, max_norm, norm_type, policy)?;
+        self.follow_policy(optimizer, &slot, policy)?;
+        Ok(NormHandle::new(slot))
+    }
+
+    /// Does with a norm that was enqueued what the policy says.
+    pub(super) fn follow_policy(
+        &mut self,
+        optimizer: &mut Optimizer,
+        slot: &Arc<NormSlot>,
+        policy: Nonfinite,
+    ) -> Result<()> {
         match policy {
-            Nonfinite::ErrorDeferred => self.deferred = Some(Arc::clone(&slot)),
+            Nonfinite::ErrorDeferred => self.deferred = Some(Arc::clone(slot)),
             Nonfinite::ErrorNow => {
-                slot.measured.synchronize(self.gate.timeout())?;
-                self.gate.check()?;
-                let nonfinite = lock(&slot.nonfinite).take();
-                if let Some(error) = nonfinite {
+                slot.wait(self.gate.timeout())?;
+                self.check()?;
+                if let Some(error) = slot.take_nonfinite() {
                     // They are of no use any more, and must not be accumulated upon.
                     self.zero_gradients(optimizer)?;
                     return Err(error);
@@ -112,10 +126,10 @@ impl Replica {
             }
             Nonfinite::Propagate | Nonfinite::SkipStep => {}
         }
-        Ok(NormHandle::new(slot))
+        Ok(())
     }
 
-    fn check_module(&self, module: &dyn Module, optimizer: &Optimizer) -> Result<()> {
+    pub(super) fn check_module(&self, module: &dyn Module, optimizer: &Optimizer) -> Result<()> {
         if self.module_number(module)? == optimizer.module {
             return Ok(());
         }
@@ -127,7 +141,7 @@ impl Replica {
     }
 
     /// Enqueues the measurement that the next step of `optimizer` goes by.
-    fn measure(
+    pub(super) fn measure(
         &mut self,
         optimizer: &mut Optimizer,
         max_norm: f64,
@@ -146,6 +160,11 @@ impl Replica {
             is_again: measured_before == Some(gradients.backwards),
         };
         let slot = optimizer.norm_slot();
+        if let (Some(device), OptimizerMemory::Device(on)) = (&self.device, &optimizer.core.memory) {
+            let norm = device.measure(on, &optimizer.core, measurement)?;
+            *lock(&slot.device) = Some(norm);
+            return Ok(slot);
+        }
         let (core, gate, to) = (Arc::clone(&optimizer.core), self.gate.clone(), Arc::clone(&slot));
         let (counters, timeline, track) = (Arc::clone(&self.counters), self.options.timeline.clone(), self.track);
         let index = self.backwards;
@@ -187,18 +206,22 @@ impl Replica {
         self.check_measured(optimizer, "clip_gradients_value")?;
         self.measure_for_scaler(optimizer)?;
         self.join(optimizer.module)?;
+        if let (Some(device), OptimizerMemory::Device(on)) = (&self.device, &optimizer.core.memory) {
+            return device.clip_value(on, clip_value, optimizer.measured_at.is_some());
+        }
         let loss_scale = self.modules[optimizer.module].gradients.loss_scale;
         let (core, gate) = (Arc::clone(&optimizer.core), self.gate.clone());
         self.compute.enqueue(move || {
             // What clipping by norm found is multiplied in by the step only, so here the limit is divided by it.
-            let clip_coef = lock(&core.state).signal.clip_coef;
+            let Ok(host) = core.host() else { return };
+            let clip_coef = lock(&host.state).signal.clip_coef;
             let limit = (f64::from(clip_value) * f64::from(loss_scale) / f64::from(clip_coef)) as f32;
             if limit.is_nan() {
                 return; // a NaN norm was propagated: the step makes NaN of everything
             }
-            let clip = |bound: &Bound| bound.gradient.write(|gradient| ops::clip_value(gradient, limit));
+            let clip = |gradient: &Gradient| gradient.write(|gradient| ops::clip_value(gradient, limit));
             // The gate keeps the error for the next call.
-            let _ = gate.guard(|| core.bound.iter().try_for_each(clip));
+            let _ = gate.guard(|| host.gradients.iter().try_for_each(clip));
         })
     }
 
@@ -209,9 +232,12 @@ impl Replica {
         optimizer.parameters().try_for_each(|parameter| parameter.check_unread("optimizer_step"))?;
         self.measure_for_scaler(optimizer)?;
         self.join(optimizer.module)?;
-        optimizer.measured_at = None;
+        let was_measured = optimizer.measured_at.take().is_some();
         let gradients = &mut self.modules[optimizer.module].gradients;
         gradients.discard(optimizer.core.bound.iter().map(|bound| bound.index));
+        if let (Some(device), OptimizerMemory::Device(on)) = (&self.device, &optimizer.core.memory) {
+            return device.step(on, optimizer.learning_rate(), was_measured);
+        }
 
         let (core, gate) = (Arc::clone(&optimizer.core), self.gate.clone());
         let scaler = self.options.precision.scales_loss().then(|| Arc::clone(&self.scaler));
@@ -233,9 +259,9 @@ impl Replica {
 
     pub fn zero_gradients(&mut self, optimizer: &mut Optimizer) -> Result<()> {
         self.check_own(optimizer)?;
-        if optimizer.measured_at.take().is_some() {
+        if optimizer.measured_at.take().is_some() && self.device.is_none() {
             let core = Arc::clone(&optimizer.core);
-            self.compute.run(|| lock(&core.state).signal = StepSignal::default())?;
+            self.compute.run(|| core.host().map(|host| lock(&host.state).signal = StepSignal::default()))??;
         }
         let gradients = &mut self.modules[optimizer.module].gradients;
         gradients.discard(optimizer.core.bound.iter().map(|bound| bound.index));
@@ -246,8 +272,12 @@ impl Replica {
         let slot = parameter.slot().filter(|_| parameter.gate().is_same(&self.gate));
         let slot = slot.ok_or_else(|| super::foreign(parameter.name()))?;
         self.join(slot.module)?;
-        let place = &self.modules[slot.module].gradients.gradients[slot.parameter];
-        let inv_scale = 1.0 / self.modules[slot.module].gradients.loss_scale;
+        let gradients = &self.modules[slot.module].gradients;
+        if let (Some(device), Buckets::Device(on)) = (&self.device, &gradients.memory) {
+            return device.read_gradient(on, slot.parameter, gradient);
+        }
+        let place = &gradients.host_gradients()[slot.parameter];
+        let inv_scale = 1.0 / gradients.loss_scale;
         self.compute.run(|| place.read(|source| ops::cast(source, SliceMut::F32(gradient), Saturate::No)))??;
         ops::scale_in_place(SliceMut::F32(gradient), inv_scale);
         self.gate.check()
@@ -256,17 +286,28 @@ impl Replica {
     /// The loss scaler, behind the step in flight.
     pub(super) fn scaler_state(&self) -> Result<GradScaler> {
         self.gate.wait()?;
-        Ok(*lock(&self.scaler))
+        let on_device = self.device.as_ref().map_or(Ok(None), DeviceBackend::scaler)?;
+        Ok(on_device.unwrap_or_else(|| *lock(&self.scaler)))
+    }
+
+    /// Replaces the loss scaler. No step is in flight.
+    pub(super) fn set_scaler(&self, scaler: GradScaler) -> Result<()> {
+        if let Some(device) = &self.device {
+            device.set_scaler(scaler)?;
+        }
+        *lock(&self.scaler) = scaler;
+        Ok(())
     }
 }
 
 /// Measures the gradients and leaves the signal for the step. The norm of the unscaled gradients, and what is to be reported.
 fn measure(core: &OptimizerCore, how: Measurement) -> Result<(f64, Option<Error>)> {
-    let mut state = lock(&core.state);
-    let OptimizerState { norms, signal, steps, skipped_steps, .. } = &mut *state;
+    let host = core.host()?;
+    let mut state = lock(&host.state);
+    let OptimizerState { norms, signal, counts, .. } = &mut *state;
     norms.begin(how.norm_type)?;
-    for (index, bound) in core.bound.iter().enumerate() {
-        bound.gradient.read(|gradient| norms.measure(index, gradient))?;
+    for (index, gradient) in host.gradients.iter().enumerate() {
+        gradient.read(|gradient| norms.measure(index, gradient))?;
     }
     let norm = norms.combine()?;
     // Exact: loss scales are powers of two unless somebody asked for another.
@@ -282,7 +323,7 @@ fn measure(core: &OptimizerCore, how: Measurement) -> Result<(f64, Option<Error>
         && !(how.scales_loss && how.loss_scale > 1.0);
     let nonfinite = norm.first_nonfinite.filter(|_| reports).map(|index| Error::Nonfinite {
         tensor: core.bound[index].parameter.name().to_owned(),
-        step: *steps + *skipped_steps + 1,
+        step: counts.steps + counts.skipped_steps + 1,
         total_norm,
     });
     Ok((total_norm, nonfinite))
@@ -290,14 +331,15 @@ fn measure(core: &OptimizerCore, how: Measurement) -> Result<(f64, Option<Error>
 
 /// Makes the step that the signal asks for. Whether it was skipped.
 fn step(core: &OptimizerCore, learning_rate: f64, rounding_seed: Option<u64>) -> Result<bool> {
-    let mut state = lock(&core.state);
+    let host = core.host()?;
+    let mut state = lock(&host.state);
     let signal = std::mem::take(&mut state.signal);
     if signal.found_inf {
-        state.skipped_steps += 1;
+        state.counts.skipped_steps += 1;
         return Ok(true);
     }
-    let step = state.steps + 1;
-    for (bound, moments) in core.bound.iter().zip(&mut state.moments) {
+    let step = state.counts.steps + 1;
+    for ((bound, gradient), moments) in core.bound.iter().zip(&host.gradients).zip(&mut state.moments) {
         let rounding = match rounding_seed {
             None => Rounding::Nearest,
             Some(seed) => Rounding::Stochastic { key: RoundingKey { seed, step }, first_index: bound.first_index },
@@ -305,22 +347,21 @@ fn step(core: &OptimizerCore, learning_rate: f64, rounding_seed: Option<u64>) ->
         let mut weights = bound.parameter.weights_mut();
         let weights = &mut *weights;
         let len_elems = bound.parameter.len_elems();
+        let model = weights.model.host_mut("a step on the host")?;
         let weights = match &mut weights.master {
             Some(master) => Weights::Master {
-                master: master.as_mut_slice()?,
-                model: Some(bucket::slice_mut(&mut weights.model, 0, len_elems)?),
+                master: master.host_mut("a step on the host")?.as_mut_slice()?,
+                model: Some(bucket::slice_mut(model, 0, len_elems)?),
             },
-            None if weights.model.dtype() == DType::F32 => {
-                Weights::Master { master: weights.model.as_mut_slice()?, model: None }
-            }
-            None => Weights::Model { model: bucket::slice_mut(&mut weights.model, 0, len_elems)?, rounding },
+            None if model.dtype() == DType::F32 => Weights::Master { master: model.as_mut_slice()?, model: None },
+            None => Weights::Model { model: bucket::slice_mut(model, 0, len_elems)?, rounding },
         };
         let state = moments.as_mut_slice()?;
         let decays = bound.decays;
-        bound.gradient.read(|gradient| {
+        gradient.read(|gradient| {
             core.rule.update(Piece { learning_rate, step, decays, signal, weights, gradient, state })
         })?;
     }
-    state.steps = step;
+    state.counts.steps = step;
     Ok(false)
 }

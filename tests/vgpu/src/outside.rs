@@ -30,6 +30,6 @@ pub trait Outside {
         None
     }
 
-    /// A thread executes `nanosleep`: a chance for others, outside the run, to go on.
+    /// A thread executes `nanosleep` or reads the time: a chance for others, outside the run, to go on.
     fn rest(&self) {}
 }

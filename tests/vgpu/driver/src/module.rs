@@ -30,6 +30,8 @@ struct State {
     functions: HashMap<u64, Function>,
     /// Kernels whose code is on the device: their module and number.
     loaded: HashSet<(u64, usize)>,
+    /// By text: reading one takes longer than most tests run, and the driver's own compiler has a cache, too.
+    read: HashMap<String, Arc<annulus_vgpu::Module>>,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
@@ -60,9 +62,19 @@ pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
     if version.is_some_and(|version| version > newest) {
         return Err((Status::UNSUPPORTED_PTX_VERSION, format!("PTX .version is newer than {newest}")));
     }
-    let module = annulus_vgpu::Module::parse(text).map_err(|fault| (Status::INVALID_PTX, fault.to_string()))?;
+    // Held while it is read: ranks that start together wait for the first instead of reading the same.
+    let mut state = state();
+    let module = match state.read.get(text) {
+        Some(module) => Arc::clone(module),
+        None => {
+            let module = annulus_vgpu::Module::parse(text).map_err(|fault| (Status::INVALID_PTX, fault.to_string()))?;
+            let module = Arc::new(module);
+            state.read.insert(text.to_owned(), Arc::clone(&module));
+            module
+        }
+    };
     let handle = NEXT.fetch_add(0x10, Ordering::Relaxed);
-    state().modules.insert(handle, Arc::new(module));
+    state.modules.insert(handle, module);
     Ok(handle)
 }
 

@@ -178,7 +178,11 @@ impl Machine<'_> {
             Special::Nctaid(axis) => launch.grid[axis].into(),
             Special::LaneId => (index % WARP_THREADS) as u64,
             Special::WarpId => (index / WARP_THREADS) as u64,
-            Special::Time => self.outside.time_ns().unwrap_or(self.report.instructions),
+            // Who looks at the clock is waiting for others.
+            Special::Time => {
+                self.outside.rest();
+                self.outside.time_ns().unwrap_or(self.report.instructions)
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Tests of what is asked of the management library: in a process of their own, which finds that of this package, or none.
 
+#![allow(dead_code, reason = "every test file uses a part of it")]
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
