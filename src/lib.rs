@@ -5,7 +5,7 @@
 //! ```text
 //! backward ──ready(parameter)──> bucket in the arena ──full──> event on the compute stream
 //!                                                               │ (the communication stream waits for it)
-//!    schedule (pure data) ──> Communicator ──> executor on the host
+//!    schedule (pure data) ──> Communicator ──> executor: threads of the host | a CUDA kernel
 //!                                                               │ every rank adds its shard of the bucket, for all
 //!                                                               └──> event ──> norm ──> clip_coef, found_inf
 //! optimizer (the compute stream waits for the last event):

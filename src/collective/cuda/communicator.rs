@@ -293,6 +293,8 @@ impl Communicator {
                 });
             }
         }
+        // A graph may outlive the views. It is of no use without the communicator, whose records the kernels write, too.
+        stream.keep(&(views.map(View::clone), Arc::clone(&self.records)));
         let [src, dst] = views.map(View::address);
         // Where element 0 of the whole vector would be. It is only ever added to.
         let (given, taken) = call.sizes_elems(self.world_size());

@@ -86,6 +86,7 @@ pub fn contribute(
     };
     let arguments = AccumulateArguments { tensors: 0, range, tensor, factor, padding: 0 };
     let shape = ELEMENTWISE.shape(kernels, range.len_chunks);
+    stream.keep(&(src.clone(), dst.clone()));
     // SAFETY: the kernel's own argument, of views that were checked; their memory is freed after the kernel, as device memory
     // always is, and foreign memory by its owner's promise.
     unsafe { kernels.launch(contribution.kernel(), shape, stream, &arguments) }

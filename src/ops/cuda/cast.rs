@@ -114,6 +114,7 @@ impl ClipList {
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for another device's stream or signal; what the driver says.
     pub fn scale(&self, stream: &Stream, signal: &Signal) -> Result<()> {
+        stream.keep(signal);
         let signal = signal.address_on(self.0.kernels().device())?;
         let range = self.0.range();
         if range.len_chunks == 0 {
@@ -131,6 +132,7 @@ impl ClipList {
     /// As [`ClipList::scale`]; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a limit that is negative or NaN.
     pub fn clamp(&self, stream: &Stream, limit: f32, signal: Option<&Signal>) -> Result<()> {
         clip::check_limit(limit)?;
+        stream.keep(&signal.cloned());
         let device = self.0.kernels().device();
         let signal = signal.map_or(Ok(0), |signal| signal.address_on(device))?;
         let range = self.0.range();

@@ -56,6 +56,7 @@ impl<T: Pod> Cell<T> {
         let len_words = (bytes.len() / 8) as u32; // at most STORE_WORDS
         let arguments = StoreArguments { target: self.address(), words, len_words, padding: 0 };
         let shape = Shape { blocks: 1, threads: 32, shared_bytes: 0, cooperative: false };
+        stream.keep(&self.view());
         // SAFETY: the kernel's own argument; so many words are the cell's, checked above, and freeing them waits for the
         // kernel.
         unsafe { self.kernels.launch("store_words", shape, stream, &arguments) }

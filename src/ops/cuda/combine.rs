@@ -9,7 +9,7 @@ use super::cell::Cell;
 use super::record::{LEN_RECORDS, Ring, Ticket};
 use super::table::{Table, check_device};
 use crate::abi::{CombineArguments, NormSlot, NormState, StepSignal, norm_kind};
-use crate::device::cuda::{Buffer, Device, View};
+use crate::device::cuda::{Buffer, Device, Stream, View};
 use crate::dtype::{DType, NormType};
 use crate::error::{Error, Result};
 use crate::ops::clip;
@@ -110,6 +110,12 @@ impl Combine {
 
     pub fn signal(&self) -> &Signal {
         &self.shared_signal
+    }
+
+    /// Has a graph that is being captured on `stream` keep what a measurement uses besides the tensors.
+    pub fn keep(&self, stream: &Stream, how: &Measure<'_>) {
+        stream.keep(&(self.slots.view(), self.state.view(), self.signal.view(), how.grad_scale.cloned()));
+        stream.keep(&self.ring);
     }
 
     /// The arguments of a launch that measures, and combines if it `finishes`.

@@ -96,6 +96,7 @@ impl GradientNorm {
             NormType::P(_) => ("measure_norm_p", HEAVY),
             _ => ("measure_norm", MEASURE),
         };
+        self.combine.keep(stream, how);
         // SAFETY: the kernel's own argument over this table, whose views were checked, and the memory of `combine`, which
         // has a slot for each chunk; the loss scale is one f32 of this device, and freeing it waits for the kernel.
         unsafe { self.table.launch(kernel, grid, range.len_chunks, stream, &arguments) }
@@ -167,6 +168,8 @@ impl UnscaleNorm {
             combine: self.norm.combine.arguments(&first, !is_two_launches),
             scale: scale.address(),
         };
+        self.norm.combine.keep(stream, how);
+        stream.keep(scale);
         // SAFETY: the kernel's own argument over this table, whose views were checked, and the memory of the norm, whose
         // table has the same chunks; the scale is one f32 of this device, and freeing it waits for the kernel.
         unsafe { self.table.launch("unscale_norm", HEAVY, arguments.range.len_chunks, stream, &arguments)? };

@@ -164,6 +164,7 @@ impl OptimizerStep {
             is_stochastic: self.rounding_seed.is_some().into(),
             padding: 0,
         };
+        stream.keep(&(self.device_rule.view(), self.state.view(), signal.cloned()));
         // SAFETY: the kernel's own argument over this table, whose views were checked; the rule is this kernel's, with the
         // states that it needs; freeing the signal waits for the kernel.
         unsafe { self.table.launch(self.rule.kernel(), STEP, range.len_chunks, stream, &arguments) }

@@ -39,6 +39,7 @@ impl LossScale {
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a stream or signal of another device; what the driver
     /// says.
     pub fn update(&self, stream: &Stream, signal: &Signal) -> Result<()> {
+        stream.keep(&(self.scaler.view(), signal.clone()));
         let signal = signal.address_on(self.scaler.kernels().device())?;
         let arguments = ScalerArguments { scaler: self.scaler.address(), signal };
         let shape = Shape { blocks: 1, threads: 32, shared_bytes: 0, cooperative: false };

@@ -162,7 +162,8 @@ pub(super) struct Table {
     chunks: Buffer,
     /// Of each tensor, its first chunk; and the number of all.
     first_chunks: Arc<[u64]>,
-    _views: Vec<View>,
+    /// The tensors and the tables: what a graph that holds a launch keeps.
+    kept: Arc<[View]>,
 }
 
 impl Table {
@@ -187,13 +188,9 @@ impl Table {
         refs.iter().for_each(|chunk| first_chunks[chunk.tensor as usize + 1] += 1);
         (1..first_chunks.len()).for_each(|tensor| first_chunks[tensor] += first_chunks[tensor - 1]);
         let upload = |bytes: &[u8]| Buffer::filled(kernels.device(), bytes);
-        Ok(Table {
-            kernels: kernels.clone(),
-            tensors: upload(bytemuck::cast_slice(entries))?,
-            chunks: upload(bytemuck::cast_slice(&refs))?,
-            first_chunks: first_chunks.into(),
-            _views: operands.views,
-        })
+        let (tensors, chunks) = (upload(bytemuck::cast_slice(entries))?, upload(bytemuck::cast_slice(&refs))?);
+        let kept = operands.views.into_iter().chain([tensors.view(), chunks.view()]).collect();
+        Ok(Table { kernels: kernels.clone(), tensors, chunks, first_chunks: first_chunks.into(), kept })
     }
 
     pub fn kernels(&self) -> &Kernels {
@@ -251,6 +248,7 @@ impl Table {
         stream: &Stream,
         arguments: &A,
     ) -> Result<()> {
+        stream.keep(&self.kept);
         // SAFETY: the caller's promise.
         unsafe { self.kernels.launch(kernel, grid.shape(&self.kernels, len_chunks), stream, arguments) }
     }

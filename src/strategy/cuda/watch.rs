@@ -58,10 +58,11 @@ impl Watch {
 
     /// Relates the device's clock to the host's. The compute stream is idle.
     pub fn set_base(&mut self) -> Result<()> {
+        let before_ns = now_ns();
         self.base.start(&self.place.compute)?;
         self.base.stop(&self.place.compute)?;
         self.base.elapsed(self.place.timeout)?;
-        self.base_ns = now_ns();
+        self.base_ns = before_ns + (now_ns() - before_ns) / 2;
         Ok(())
     }
 
