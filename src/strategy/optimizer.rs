@@ -270,7 +270,7 @@ pub(crate) struct OptimizerCore {
 /// Where its state is, and what steps it.
 pub(crate) enum OptimizerMemory {
     Host(HostOptimizer),
-    Device(DeviceOptimizer),
+    Device(Box<DeviceOptimizer>),
 }
 
 /// An optimizer on the host: what the host and the closures of the compute stream share.

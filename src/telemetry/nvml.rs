@@ -45,6 +45,9 @@ pub(super) fn nvlink_kibibytes(nvml: &Nvml, device: &Device<'_>) -> [Option<u64>
         });
     // SAFETY: the handle is that of a device of this library, which is open; so many values are passed as are told.
     let code = unsafe { ask(device.handle(), values.len() as i32, values.as_mut_ptr()) };
-    // SAFETY: both fields are unsigned 64-bit numbers by their definition in nvml.h, and every bit pattern is one.
-    values.map(|value| (code == SUCCESS && value.nvmlReturn == SUCCESS).then(|| unsafe { value.value.ullVal }))
+    values.map(|value| match code == SUCCESS && value.nvmlReturn == SUCCESS {
+        // SAFETY: both fields are unsigned 64-bit numbers by their definition in nvml.h, and every bit pattern is one.
+        true => Some(unsafe { value.value.ullVal }),
+        false => None,
+    })
 }

@@ -157,7 +157,11 @@ impl Tool {
         // SAFETY: the tool put functions of these types into these slots, as nvtxTypes.h demands of it.
         let (create, push, pop) = unsafe {
             use std::mem::transmute;
-            (transmute::<_, CreateDomain>(create), transmute::<_, Push>(push), transmute::<_, Pop>(pop))
+            (
+                transmute::<*mut c_void, CreateDomain>(create),
+                transmute::<*mut c_void, Push>(push),
+                transmute::<*mut c_void, Pop>(pop),
+            )
         };
         // SAFETY: a name that ends in a zero.
         Some(Tool { domain: unsafe { create(c"annulus".as_ptr()) }, push, pop })

@@ -145,7 +145,7 @@ impl DeviceBackward<'_> {
 impl Receiver for DeviceBackward<'_> {
     fn receive(&mut self, parameter: &Parameter, gradient: Slice<'_>, is_last: bool) -> Result<()> {
         self.take(parameter, gradient.len_elems(), is_last, |stage, backend, to, replaces| {
-            stage.from_host(backend, gradient, to, replaces)
+            stage.take_host(backend, gradient, to, replaces)
         })
     }
 
@@ -205,7 +205,7 @@ impl DeviceReceiver for DeviceBackward<'_> {
             self.backend.compute().wait(ready)?;
         }
         self.take(parameter, gradient.len_elems(), is_last, |_, backend, to, replaces| {
-            Stage::from_device(backend, gradient, to, replaces)
+            Stage::take_device(backend, gradient, to, replaces)
         })
     }
 

@@ -29,7 +29,7 @@ impl Stage {
     }
 
     /// Copies or adds a gradient on the host to `to`.
-    pub fn from_host(&mut self, backend: &DeviceBackend, gradient: Slice<'_>, to: &View, replaces: bool) -> Result<()> {
+    pub fn take_host(&mut self, backend: &DeviceBackend, gradient: Slice<'_>, to: &View, replaces: bool) -> Result<()> {
         match gradient {
             Slice::F32(elements) => self.upload(backend, elements, to, replaces),
             Slice::F16(elements) => self.upload(backend, elements, to, replaces),
@@ -44,7 +44,7 @@ impl Stage {
         }
         let landing = self.landing(backend, T::DTYPE)?.slice(0, elements.len())?;
         self.staging.upload(elements, &landing, backend.compute())?;
-        Stage::from_device(backend, &landing, to, replaces)
+        Stage::take_device(backend, &landing, to, replaces)
     }
 
     /// One for all parameters: what is put there is used, in the order of the compute stream, before the next is.
@@ -59,7 +59,7 @@ impl Stage {
     }
 
     /// Copies or adds a gradient on the device to `to`.
-    pub fn from_device(backend: &DeviceBackend, gradient: &View, to: &View, replaces: bool) -> Result<()> {
+    pub fn take_device(backend: &DeviceBackend, gradient: &View, to: &View, replaces: bool) -> Result<()> {
         match replaces {
             true if gradient.dtype() == to.dtype() => to.copy_from(gradient, backend.compute()),
             true => contribute(&backend.kernels, backend.compute(), (gradient, to), Contribution::Replace, 1.0),

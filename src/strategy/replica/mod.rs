@@ -295,7 +295,7 @@ impl Replica {
         spec.rule.check(spec.rule.learning_rate())?;
         let memory = match (&self.device, &gradients.memory) {
             (Some(device), Buckets::Device(gradients)) => {
-                OptimizerMemory::Device(device.optimizer(&*spec.rule, &bound, gradients)?)
+                OptimizerMemory::Device(Box::new(device.optimizer(&*spec.rule, &bound, gradients)?))
             }
             _ => {
                 let gradients = bound.iter().map(|bound| gradients.host_gradients()[bound.index].clone()).collect();
