@@ -67,7 +67,7 @@ fn either_library_may_be_absent() {
     assert!(only_driver.contains("ring of devices            yes  0 - 1 - 2 - 3, and back"), "{only_driver}");
     let only_management = told(&[MANAGEMENT]);
     assert!(only_management.contains("NVIDIA driver              no   no NVIDIA driver"), "{only_management}");
-    assert!(only_management.contains("GPU0     X"), "{only_management}");
+    assert!(only_management.contains("GPU0    X"), "{only_management}");
     let neither = told(&[]);
     assert!(neither.contains("0 usable device(s)") && !neither.contains("links between GPUs"), "{neither}");
 }

@@ -235,7 +235,7 @@ fn cuda() -> (Backend, Option<gpus::Links>) {
         found: true,
         detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
     });
-    let summary = format!("{devices} usable device(s); collectives and strategy run on the host only in this version");
+    let summary = format!("{devices} usable device(s); strategies take them if every rank has one of its own");
     (Backend { name: "cuda", available: false, summary, probes }, links)
 }
 
