@@ -236,7 +236,7 @@ fn cuda() -> (Backend, Option<gpus::Links>) {
         detail: format!("{} modules by {}", kernels::ALL.len(), kernels::origin(kernels::PROBE)),
     });
     let summary = format!("{devices} usable device(s); strategies take them if every rank has one of its own");
-    (Backend { name: "cuda", available: false, summary, probes }, links)
+    (Backend { name: "cuda", available: devices > 0, summary, probes }, links)
 }
 
 // ---- environment and limits --------------------------------------------------------------------------------------------
