@@ -84,11 +84,11 @@ impl Communicator {
         let meeting =
             Meeting { world, region, device, kernels, channels: options.channels, timeout: world.options().timeout };
         // From here on a failure gives the area back as a communicator does.
-        let leaver = Leaver { world: world.clone(), group, region };
+        let mut leaver = Leaver { world: world.clone(), group, region, leaves: true };
         let connection = meeting.connect()?;
         let made = Self::over(world, kernels, options, timeout, group, region, connection);
         let made = together(world, made, world.options().timeout)?;
-        std::mem::forget(leaver);
+        leaver.leaves = false; // from now on the communicator does
         made.tell();
         Ok(made)
     }
@@ -395,6 +395,11 @@ impl Communicator {
         error
     }
 
+    /// Whether all operations issued so far have run to their end, whatever has befallen the job since.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.records.is_whole()
+    }
+
     // ---- graphs ------------------------------------------------------------------------------------------------------
 
     /// Operations issued so far.
@@ -521,10 +526,14 @@ struct Leaver {
     world: World,
     group: u32,
     region: Region,
+    leaves: bool,
 }
 
 impl Drop for Leaver {
     fn drop(&mut self) {
+        if !self.leaves {
+            return;
+        }
         // SAFETY: the region is the group's, and `world` is alive.
         let first = unsafe { Page::of(self.region, 0) };
         // AcqRel: everything the others did to the area comes before it is given back.
@@ -542,7 +551,8 @@ impl Drop for Communicator {
     /// Waits, no longer than an operation may take, for the kernels in flight; then unmaps what belongs to others, and frees
     /// the own staging when nobody has it mapped any more.
     fn drop(&mut self) {
-        let leaver = Leaver { world: self.world.clone(), group: self.group, region: self.region };
+        let (world, group, region) = (self.world.clone(), self.group, self.region);
+        let mut leaver = Leaver { world, group, region, leaves: true };
         if let Some(last) = self.last.take() {
             let start = Instant::now();
             let patience = self.timeout.saturating_add(GRACE);
@@ -557,7 +567,7 @@ impl Drop for Communicator {
                     // Kernels may still run: nothing that they use may go.
                     tracing::warn!(rank = self.rank(), %error, "a communicator's memory is kept for ever");
                     std::mem::forget(self.connection.take());
-                    std::mem::forget(leaver);
+                    leaver.leaves = false;
                     return;
                 }
             }

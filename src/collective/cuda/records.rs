@@ -73,6 +73,12 @@ impl Records {
         self.word(FINISHED_AT).load(Ordering::Relaxed)
     }
 
+    /// Whether the device has run all that it was given, and no block has given up.
+    pub(super) fn is_whole(&self) -> bool {
+        self.finished() == self.issued.load(Ordering::Relaxed)
+            && (0..self.channels).all(|channel| self.record(channel).is_none())
+    }
+
     fn word(&self, offset_bytes: usize) -> &AtomicU32 {
         // SAFETY: inside the memory, aligned, and only accessed by atomics, here and on the device.
         unsafe { self.memory.as_ptr().add(offset_bytes).cast::<AtomicU32>().as_ref() }

@@ -370,9 +370,8 @@ impl Replica {
         let deferred = self.deferred.as_ref().and_then(|slot| slot.take_nonfinite());
         let Replica { world, communicator, place, device, modules, .. } = self;
         // A peer may still read this rank's memory until it has come to the barrier, too.
-        drop(device);
         let torn_down = world.clone().teardown(left());
-        drop((communicator, place, modules, world));
+        drop((device, communicator, place, modules, world));
         drained.and(on_device).and(failure).and(deferred.map_or(Ok(()), Err)).and(torn_down)
     }
 }
