@@ -178,6 +178,31 @@ fn gathered_lengths_may_differ() {
     });
 }
 
+/// A pipe's end as the number of its inode, which is the pipe's own.
+fn inode(descriptor: impl std::os::fd::AsFd) -> u64 {
+    rustix::fs::fstat(descriptor).unwrap().st_ino
+}
+
+#[test]
+fn every_rank_receives_every_descriptor() {
+    for world_size in [1, 2, 5] {
+        let received = in_world(world_size, |world| {
+            let both = [0, 1].map(|_| {
+                let (own, _) = rustix::pipe::pipe().unwrap();
+                let all = world.exchange_descriptors(&own, SOON).unwrap();
+                let flags = all.iter().map(|one| rustix::io::fcntl_getfd(one).unwrap());
+                assert!(flags.into_iter().all(|flags| flags == rustix::io::FdFlags::CLOEXEC));
+                assert_eq!(inode(&all[world.rank() as usize]), inode(own));
+                all
+            });
+            world.barrier("between", SOON).unwrap();
+            both.map(|all| all.iter().map(inode).collect::<Vec<u64>>())
+        });
+        assert!(received.iter().all(|both| *both == received[0] && both[0].len() == world_size as usize));
+        assert!(received[0][0] != received[0][1], "each call its own");
+    }
+}
+
 #[test]
 fn thousands_of_calls_stay_in_order() {
     in_world(4, |world| {
@@ -194,7 +219,7 @@ fn thousands_of_calls_stay_in_order() {
 #[test]
 fn p06_different_calls_name_both_sides_on_every_rank() {
     type Call = fn(&World) -> Result<()>;
-    let calls: [(&str, Call); 7] = [
+    let calls: [(&str, Call); 8] = [
         ("barrier \"a\"", |world| world.barrier("a", SOON)),
         ("barrier \"b\"", |world| world.barrier("b", SOON)),
         ("broadcast of bytes from rank 0", |world| world.broadcast_bytes(0, b"x", SOON).map(drop)),
@@ -202,6 +227,7 @@ fn p06_different_calls_name_both_sides_on_every_rank() {
         ("all_gather of bytes", |world| world.all_gather_bytes(b"x", SOON).map(drop)),
         ("reduce_boolean (all)", |world| world.reduce_boolean(true, true, SOON).map(drop)),
         ("reduce_boolean (any)", |world| world.reduce_boolean(true, false, SOON).map(drop)),
+        ("exchange_descriptors", |world| world.exchange_descriptors(std::io::stdin(), SOON).map(drop)),
     ];
     for (one, (most_say, most)) in calls.iter().enumerate() {
         for (two, (odd_says, odd)) in calls.iter().enumerate() {

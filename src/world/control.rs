@@ -1,5 +1,5 @@
 //! The control plane: barrier, broadcast of bytes and values, gather of bytes, boolean decisions. Small, host only, for
-//! what is said between training steps; gradients do not travel here.
+//! what is said between training steps; gradients do not travel here. (Descriptors: `descriptors`.)
 //!
 //! Every call is one or more rounds, and every round is the same exchange over one mailbox a rank:
 //!
@@ -59,19 +59,20 @@ const _: () = assert!(size_of::<Mailbox>() == (64 + 2 * size_of::<Slot>()).next_
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
-enum Kind {
+pub(super) enum Kind {
     Barrier = 1,
     Broadcast = 2,
     AllGather = 3,
     Decision = 4,
+    Descriptors = 5,
 }
 
 /// One control call as it is told to the peers.
 #[derive(Clone, Copy)]
-struct Call<'a> {
-    kind: Kind,
-    root: u32,
-    name: &'a str,
+pub(super) struct Call<'a> {
+    pub(super) kind: Kind,
+    pub(super) root: u32,
+    pub(super) name: &'a str,
 }
 
 /// This rank's place in the order of control calls.
@@ -114,21 +115,22 @@ fn describe(kind: u64, root: u64, name: &[u8]) -> String {
         kind if kind == Kind::Broadcast as u64 => format!("broadcast of {name} from rank {root}"),
         kind if kind == Kind::AllGather as u64 => format!("all_gather of {name}"),
         kind if kind == Kind::Decision as u64 => format!("reduce_boolean ({name})"),
+        kind if kind == Kind::Descriptors as u64 => "exchange_descriptors".into(),
         other => format!("unknown control call {other}"),
     }
 }
 
 impl Call<'_> {
-    fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         describe(self.kind as u64, u64::from(self.root), &fixed_name(self.name))
     }
 }
 
 /// What the rounds of one call share.
-struct Rounds<'a> {
-    core: &'a Core,
-    call: Call<'a>,
-    sequence: u64,
+pub(super) struct Rounds<'a> {
+    pub(super) core: &'a Core,
+    pub(super) call: Call<'a>,
+    pub(super) sequence: u64,
     start: Instant,
     timeout: Duration,
     warned: bool,
@@ -136,7 +138,7 @@ struct Rounds<'a> {
 
 impl Rounds<'_> {
     /// One exchange: gives `chunk` of `total_bytes`, then `take(rank, total_bytes, payload words)` for every rank.
-    fn exchange(
+    pub(super) fn exchange(
         &mut self,
         order: &mut Order,
         chunk: &[u8],
@@ -194,12 +196,21 @@ impl Rounds<'_> {
         if core.board.state(peer) == RankState::Left && !reached(core.board.mailbox(peer).flag.seen(), generation) {
             return Err(core.raise(core.lost(peer, self.call.describe())));
         }
+        let is_absent = |rank: &u32| !reached(core.board.mailbox(*rank).flag.seen(), generation);
+        self.go_on(|| (0..core.world_size).filter(is_absent).collect())
+    }
+
+    /// Gives up for a fault, and at the deadline if anybody is absent; warns once in good time before.
+    pub(super) fn go_on(&mut self, absent: impl FnOnce() -> Vec<u32>) -> Result<()> {
+        let core = self.core;
+        if let Some(fault) = core.fault() {
+            return Err(fault);
+        }
         let waited = self.start.elapsed();
         if waited < self.timeout && (self.warned || waited < core.options.warn_after) {
             return Ok(());
         }
-        let absent: Vec<u32> =
-            (0..core.world_size).filter(|rank| !reached(core.board.mailbox(*rank).flag.seen(), generation)).collect();
+        let absent = absent();
         if absent.is_empty() {
             return Ok(());
         }
@@ -246,7 +257,7 @@ impl Core {
     }
 
     /// Runs `body` as one control call: in order, refused after a fault, in the flight recorder.
-    fn control_call<R>(
+    pub(super) fn control_call<R>(
         &self,
         call: Call<'_>,
         timeout: Duration,

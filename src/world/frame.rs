@@ -1,4 +1,4 @@
-//! Frames of the rendezvous: one SOCK_SEQPACKET message each, so the kernel keeps their borders and a peer cannot send
+//! Frames of the rendezvous' sockets: one SOCK_SEQPACKET message each, so the kernel keeps their borders and a peer cannot send
 //! half of one.
 //!
 //! ```text
@@ -51,6 +51,8 @@ pub(crate) enum Frame {
     Welcome { processes: Vec<Process> },
     /// A rank to rank 0: everything is mapped.
     Ready,
+    /// After the rendezvous, with a rank's descriptor to rank 0, and with those of all ranks back. `sequence` is the call's.
+    Descriptors { sequence: u64 },
 }
 
 /// Tells processes apart, also where PID namespaces give two of them one number, and after a fork.

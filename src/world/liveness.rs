@@ -114,8 +114,13 @@ fn watched(stop: &OwnedFd, peers: &[Peer], lifeline: Option<&OwnedFd>) -> rustix
         epoll::add(&epoll, lifeline, epoll::EventData::new_u64(LIFELINE), epoll::EventFlags::empty())?;
     }
     for (index, peer) in peers.iter().enumerate() {
-        for fd in [&peer.pidfd, &peer.socket].into_iter().flatten() {
-            epoll::add(&epoll, fd, epoll::EventData::new_u64(index as u64), epoll::EventFlags::IN)?;
+        let of_peer = || epoll::EventData::new_u64(index as u64);
+        if let Some(pidfd) = &peer.pidfd {
+            epoll::add(&epoll, pidfd, of_peer(), epoll::EventFlags::IN)?;
+        }
+        if let Some(socket) = &peer.socket {
+            // Of the hang-up alone: frames are for who waits for them.
+            epoll::add(&epoll, socket, of_peer(), epoll::EventFlags::empty())?;
         }
     }
     Ok(epoll)
@@ -157,15 +162,16 @@ impl Watch {
         }
     }
 
-    /// A peer's process has ended, or it has closed its socket. (Nothing is sent on it after the rendezvous, so bytes
-    /// are as wrong as an end.)
+    /// A peer's process has ended, or it has closed its socket.
     fn bury(&mut self, index: usize) {
         let peer = &mut self.peers[index];
-        for fd in [&peer.pidfd, &peer.socket].into_iter().flatten() {
-            // Said expressly, because a duplicate elsewhere would keep it ready for ever. It cannot fail: it was added.
-            let _ = epoll::delete(&self.epoll, fd);
+        // Said expressly, because a duplicate elsewhere would keep it ready for ever. It cannot fail: it was added.
+        if let Some(pidfd) = peer.pidfd.take() {
+            let _ = epoll::delete(&self.epoll, pidfd);
         }
-        (peer.pidfd, peer.socket) = (None, None);
+        if let Some(socket) = peer.socket.take() {
+            let _ = epoll::delete(&self.epoll, socket);
+        }
         if self.core.board.state(peer.rank) != RankState::Left {
             let lost = Error::PeerLost { rank: peer.rank, pid: peer.pid, operation: IDLE.into() };
             self.core.raise(lost);

@@ -8,12 +8,14 @@
 //!   outpost                      kernels that wait for peers: they fail the job, and end with it
 //!   flag                         post and wait
 //!   control, recorder            barrier, broadcast, decisions; what everybody did last
+//!   descriptors                  what else crosses between processes, over the rendezvous' sockets
 //!   launch                       ranks as threads, ranks as child processes
 //! ```
 
 mod arena;
 mod board;
 mod control;
+mod descriptors;
 pub mod environment;
 mod fault;
 pub mod flag;
@@ -28,6 +30,7 @@ mod rendezvous;
 mod segment;
 pub(crate) mod sync;
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -121,6 +124,8 @@ pub(crate) struct Core {
     pacing: Pacing,
     board: Board,
     arenas: Vec<Segment>,
+    /// By rank, where this rank has one: rank 0 to everybody, everybody to rank 0.
+    sockets: Vec<Option<Arc<OwnedFd>>>,
     /// What of this rank's arena is taken.
     ranges: arena::Ranges,
     order: Mutex<control::Order>,
@@ -163,6 +168,8 @@ impl World {
         drop(party);
         let lifeline = environment.lifeline.clone();
         met.board.enter(rank, std::process::id());
+        let mut sockets = vec![None; world_size as usize];
+        met.peers.iter().for_each(|peer| sockets[peer.rank as usize] = peer.socket.clone());
         let core = Arc::new(Core {
             rank,
             world_size,
@@ -171,6 +178,7 @@ impl World {
             board: met.board,
             ranges: Mutex::new(range_alloc::RangeAllocator::new(0..arena_bytes)),
             arenas: met.arenas,
+            sockets,
             order: Mutex::default(),
             told: AtomicBool::new(false),
             outposts: outpost::Outposts::default(),

@@ -11,10 +11,12 @@
 //! ```
 //!
 //! Rank 0 serves all connections from one loop, so a slow or hostile client keeps nobody waiting. The connections stay
-//! open for the life of the world: their closing is a sign of death that works across PID namespaces.
+//! open for the life of the world: their closing is a sign of death that works across PID namespaces, and descriptors travel
+//! over them later (`descriptors`).
 //! Cost: 3 messages a rank, about 0.1 ms each, after the last rank has come.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -30,7 +32,7 @@ use crate::world::meeting::{Listening, NotConnected, Place, connect, same_user};
 use crate::world::segment::Segment;
 
 /// How long a client may take for its hello, and a rank to take a frame.
-const PEER_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const PEER_LIMIT: Duration = Duration::from_secs(2);
 /// Connections that have not said hello yet; further ones wait in the kernel's queue.
 const STRANGERS_LIMIT: usize = 64;
 /// Pause between two looks for a rank 0 that is not there yet.
@@ -68,7 +70,7 @@ pub(crate) struct Peer {
     /// Readable once the process has ended. None for ranks that are threads of this process.
     pub(crate) pidfd: Option<OwnedFd>,
     /// Rank 0 has one to everybody, everybody one to rank 0.
-    pub(crate) socket: Option<OwnedFd>,
+    pub(crate) socket: Option<Arc<OwnedFd>>,
 }
 
 /// Meets the other ranks. `arena` is this rank's; every rank receives everybody's.
@@ -332,7 +334,7 @@ impl<'a> Server<'a> {
             arena.close_fd();
             arenas.push(arena);
             let pidfd = (process != Process::this()).then_some(pidfd);
-            peers.push(Peer { rank, pid: process.pid, pidfd, socket: Some(socket) });
+            peers.push(Peer { rank, pid: process.pid, pidfd, socket: Some(Arc::new(socket)) });
         }
         Met { board, arenas, peers }
     }
@@ -487,7 +489,7 @@ fn join(party: &Party, arena: Segment, deadline: Instant) -> Result<Met> {
                     sent?;
                     // Rank 0 is the first of the peers.
                     if let Some(rank_0) = met.peers.first_mut() {
-                        rank_0.socket = Some(socket);
+                        rank_0.socket = Some(Arc::new(socket));
                     }
                     return Ok(met);
                 }

@@ -2,16 +2,14 @@
 //!
 //! ```text
 //!   tell       device, channels wanted                          every rank
-//!   offer      own staging, zeroed, by handle | in this process
+//!   offer      own staging, zeroed                              (share.rs)
 //!   open       every peer's                                     a pair that cannot on both sides goes over the host
 //!   probe      every pair that could, in rounds of disjoint pairs; a pair that loses a word goes over the host
 //! ```
 //! Every phase ends with all ranks knowing whether all of them got through it, so a communicator is made on every rank or on
 //! none.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
@@ -20,14 +18,14 @@ use serde::{Deserialize, Serialize};
 
 use super::geometry::{Geometry, PAGE_BYTES};
 use super::page::Page;
+use super::share::Offer;
 use crate::abi::collective::{Link as Addresses, Progress, Protocol};
 use crate::device::cuda::{
-    Arena, Buffer, Device, Exported, HostRange, Kernels, Link, PeerAccess, PeerArena, Priority, ProbeArea, Sharing,
-    Stream, Token, Uuid,
+    Arena, Buffer, Device, HostRange, Kernels, Link, PeerArena, Priority, ProbeArea, Sharing, Stream, Uuid,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::world::{GROUP_AREA_BYTES, Launcher, Region, World};
+use crate::world::{GROUP_AREA_BYTES, Region, World};
 
 /// How long a rank that leaves waits for the others to let go of its memory. Not long: peers whose kernels wait for this rank
 /// learn that it leaves only when it does.
@@ -86,21 +84,6 @@ struct Hello {
     channels: u32,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Offer {
-    len_bytes: usize,
-    /// Where the arena holds the area to probe with, by peer.
-    probes: Vec<usize>,
-    token: Offered,
-}
-
-/// Never printed: a handle is a right.
-#[derive(Serialize, Deserialize)]
-enum Offered {
-    Here(u64),
-    Handle(Vec<u8>),
-}
-
 /// Every rank's `value`, in rank order.
 fn gather<T: Serialize + DeserializeOwned>(world: &World, value: &T, timeout: Duration) -> Result<Vec<T>> {
     let unreadable = |error: serde_json::Error| {
@@ -123,36 +106,6 @@ pub(super) fn together<T>(world: &World, result: Result<T>, timeout: Duration) -
     }
 }
 
-// ---- arenas of ranks that are threads of this process ----------------------------------------------------------------
-
-/// Arenas on offer in this process, by number.
-static ON_OFFER: Mutex<(u64, Option<HashMap<u64, Arena>>)> = Mutex::new((0, None));
-
-/// An arena on offer, until it is dropped.
-struct OnOffer(u64);
-
-impl OnOffer {
-    fn new(arena: &Arena) -> OnOffer {
-        let mut offers = ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner);
-        offers.0 += 1;
-        let number = offers.0;
-        offers.1.get_or_insert_default().insert(number, arena.clone());
-        OnOffer(number)
-    }
-
-    fn take_up(number: u64) -> Option<Arena> {
-        ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1.as_ref()?.get(&number).cloned()
-    }
-}
-
-impl Drop for OnOffer {
-    fn drop(&mut self) {
-        if let Some(offers) = &mut ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1 {
-            offers.remove(&self.0);
-        }
-    }
-}
-
 // ---- the phases ------------------------------------------------------------------------------------------------------
 
 /// The place where a rank meets the others.
@@ -166,9 +119,9 @@ pub(super) struct Meeting<'a> {
 }
 
 /// Own staging on the device, and what it is probed with.
-struct Staging {
-    arena: Arena,
-    areas: Vec<ProbeArea>,
+pub(super) struct Staging {
+    pub(super) arena: Arena,
+    pub(super) areas: Vec<ProbeArea>,
 }
 
 impl Meeting<'_> {
@@ -176,21 +129,18 @@ impl Meeting<'_> {
         0..self.world.world_size()
     }
 
-    fn is_one_process(&self) -> bool {
-        self.world.environment().launcher == Launcher::Threads
-    }
-
     pub(super) fn connect(&self) -> Result<Connection> {
         let geometry = self.tell()?;
         if self.world.world_size() == 1 {
             return self.link(geometry, Vec::new(), None, None);
         }
-        let staging = together(self.world, self.stage(geometry), self.timeout)?;
-        let offer = together(self.world, self.offer(&staging), self.timeout)?;
-        let offers = gather(self.world, &offer.0, self.timeout)?;
-        let opened: Vec<_> = self.ranks().map(|peer| self.open(peer, &offers[peer as usize])).collect();
+        let sharing = self.sharing()?;
+        let staging = together(self.world, self.stage(geometry, sharing), self.timeout)?;
+        let (offer, behind) = together(self.world, self.offer(&staging), self.timeout)?;
+        let offers = gather(self.world, &offer, self.timeout)?;
+        let opened = self.open(&offers, &behind)?;
         let transports = self.probe(&offers, &opened, staging.areas)?;
-        drop(offer);
+        drop(behind);
         let own = transports[self.world.rank() as usize].clone();
         let needs_host = |all: &Vec<Option<Transport>>| all.iter().flatten().any(|t| matches!(t, Transport::Host(_)));
         let host = if transports.iter().any(needs_host) { Some(self.register()) } else { None };
@@ -220,7 +170,7 @@ impl Meeting<'_> {
     }
 
     /// One block of staging for every rank (the own stays unused), then an area to probe with for every rank.
-    fn stage(&self, geometry: Geometry) -> Result<Staging> {
+    fn stage(&self, geometry: Geometry, sharing: Sharing) -> Result<Staging> {
         let world_size = self.world.world_size() as usize;
         let staging_bytes = usize::try_from(geometry.peer_bytes()).ok().and_then(|one| one.checked_mul(world_size));
         let len_bytes = staging_bytes.and_then(|all| all.checked_add(world_size * ProbeArea::LEN_BYTES));
@@ -228,57 +178,11 @@ impl Meeting<'_> {
             what: "staging of a communicator",
             detail: format!("{} bytes for each of {world_size} ranks", geometry.peer_bytes()),
         })?;
-        let arena = Arena::new(self.device, len_bytes, Sharing::Handle)?;
+        let arena = Arena::new(self.device, len_bytes, sharing)?;
         let staging = arena.alloc(DType::U8, staging_bytes.unwrap_or(0))?;
         debug_assert_eq!(staging.arena_offset_bytes(), Some(0), "the first range of an arena");
         let areas = self.ranks().map(|_| ProbeArea::new(&arena)).collect::<Result<_>>()?;
         Ok(Staging { arena, areas })
-    }
-
-    fn offer(&self, staging: &Staging) -> Result<(Offer, Option<OnOffer>)> {
-        let probes = staging.areas.iter().map(ProbeArea::offset_bytes).collect();
-        let len_bytes = staging.arena.len_bytes();
-        if self.is_one_process() {
-            let here = OnOffer::new(&staging.arena);
-            return Ok((Offer { len_bytes, probes, token: Offered::Here(here.0) }, Some(here)));
-        }
-        let token = match staging.arena.export()?.token {
-            Token::Handle(handle) => Offered::Handle(handle.to_vec()),
-            Token::Descriptor(_) => Offered::Handle(Vec::new()), // not asked for
-        };
-        Ok((Offer { len_bytes, probes, token }, None))
-    }
-
-    /// A peer's staging, or why it cannot be reached.
-    fn open(&self, peer: u32, offer: &Offer) -> Option<PeerArena> {
-        if peer == self.world.rank() {
-            return None;
-        }
-        let opened = match &offer.token {
-            Offered::Here(number) => self.take_up(*number),
-            Offered::Handle(handle) => self.map(handle, offer.len_bytes).map(Some),
-        };
-        opened.unwrap_or_else(|error| {
-            tracing::debug!(rank = self.world.rank(), peer, %error, "the peer's memory cannot be mapped");
-            None
-        })
-    }
-
-    fn take_up(&self, number: u64) -> Result<Option<PeerArena>> {
-        let Some(arena) = OnOffer::take_up(number) else { return Ok(None) };
-        if self.device.peer_access(arena.device())? == PeerAccess::None {
-            return Ok(None);
-        }
-        PeerArena::of_this_process(self.device, &arena).map(Some)
-    }
-
-    fn map(&self, handle: &[u8], len_bytes: usize) -> Result<PeerArena> {
-        let handle = handle.try_into().map_err(|_| Error::InvalidArgument {
-            argument: "a peer's handle",
-            value: format!("{} bytes", handle.len()),
-            accepted: "must be 64 bytes",
-        })?;
-        PeerArena::open(self.device, Exported { uuid: self.device.uuid(), len_bytes, token: Token::Handle(handle) })
     }
 
     /// The transport between any two ranks: `[rank][peer]`, the same on both sides.
@@ -300,7 +204,7 @@ impl Meeting<'_> {
             let link = match &opened[peer as usize] {
                 Some(arena) if both => {
                     let area = &mut areas[peer as usize];
-                    let theirs = offers[peer as usize].probes.get(rank as usize).copied().unwrap_or(usize::MAX);
+                    let theirs = offers[peer as usize].probe_offset_bytes(rank);
                     let started = area.start(self.kernels, &stream, arena, theirs, (rank, peer), PROBE_PATIENCE);
                     started.and_then(|()| area.finish(&stream)).map(Some)
                 }

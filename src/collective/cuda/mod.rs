@@ -1,7 +1,7 @@
 //! Collective operations between devices: the schedules of [`schedule`](crate::schedule), run by `kernels/collective.cu`.
 //!
 //! ```text
-//!   Communicator::new     ranks tell their devices, map each other's staging, probe every pair with data    (connect.rs)
+//!   Communicator::new     ranks tell their devices, map each other's staging, probe every pair with data    (connect.rs, share.rs)
 //!   all_reduce ..         descriptor -> schedule -> channels, protocol, pieces                              (geometry.rs)
 //!                         -> one launch, whose blocks greet, compare descriptors, and move                  (communicator.rs)
 //!   check                 what blocks that gave up have left in pinned memory, as errors                    (records.rs)
@@ -15,6 +15,7 @@ mod connect;
 mod geometry;
 mod page;
 mod records;
+mod share;
 
 pub use communicator::{Communicator, Options};
 pub use connect::Transport;

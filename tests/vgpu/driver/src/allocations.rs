@@ -66,7 +66,7 @@ pub(crate) fn allocate(len_bytes: usize, kind: Kind, number: usize) -> Result<u6
     if !kind.is_host() {
         device::charge(number, len_bytes)?;
     }
-    let made = new_memory(len_bytes).and_then(|memory| Mapping::of_memory(memory, len_bytes));
+    let made = new_memory(len_bytes, number).and_then(|memory| Mapping::of_memory(memory, len_bytes));
     let Ok(mapping) = made else {
         if !kind.is_host() {
             device::give_back(number, len_bytes);

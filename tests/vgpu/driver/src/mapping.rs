@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
+/// Memory is called by this and the number of its device.
+const NAME: &str = "annulus-vgpu-";
+
 /// What memory holds before it is written.
 const UNWRITTEN: u8 = 0xd5;
 
@@ -37,13 +40,20 @@ unsafe impl Send for Mapping {}
 // SAFETY: as for Send.
 unsafe impl Sync for Mapping {}
 
-/// A new memfd of `len_bytes`, filled with a pattern, because device memory is not zeroed.
-pub(crate) fn new_memory(len_bytes: usize) -> rustix::io::Result<OwnedFd> {
-    let memory = rustix::fs::memfd_create("annulus-vgpu", MemfdFlags::CLOEXEC)?;
+/// A new memfd of `len_bytes` for device `number`, filled with a pattern, because device memory is not zeroed.
+pub(crate) fn new_memory(len_bytes: usize, number: usize) -> rustix::io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create(format!("{NAME}{number}"), MemfdFlags::CLOEXEC)?;
     rustix::fs::ftruncate(&memory, len_bytes as u64)?;
     Mapping::of_memory(memory.try_clone().map_err(|_| rustix::io::Errno::MFILE)?, len_bytes)?
         .fill(0, len_bytes, UNWRITTEN);
     Ok(memory)
+}
+
+/// The device of memory that another process has made with [`new_memory`]; none for other descriptors.
+pub(crate) fn device_of(memory: BorrowedFd<'_>) -> Option<usize> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", memory.as_raw_fd())).ok()?;
+    let name = link.to_str()?.strip_prefix("/memfd:")?.strip_prefix(NAME)?;
+    name.split(' ').next()?.parse().ok()
 }
 
 /// Reserves addresses that nothing is mapped at.

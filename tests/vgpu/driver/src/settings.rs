@@ -18,6 +18,8 @@ pub(crate) struct Settings {
     pub memory_bytes: usize,
     pub driver_version: i32,
     pub peers: Peers,
+    /// VMM memory can be exported.
+    pub shares_descriptors: bool,
     pub lost: Option<PathBuf>,
     pub watchdog: Duration,
     /// Functions are loaded when they are needed.
@@ -34,6 +36,11 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
         Ok("lossy") => Peers::Lossy,
         Ok("all") | Err(_) => Peers::All,
         Ok(other) => refuse("ANNULUS_VGPU_PEERS", other),
+    },
+    shares_descriptors: match std::env::var("ANNULUS_VGPU_DESCRIPTORS").as_deref() {
+        Ok("none") => false,
+        Ok("all") | Err(_) => true,
+        Ok(other) => refuse("ANNULUS_VGPU_DESCRIPTORS", other),
     },
     lost: std::env::var_os("ANNULUS_VGPU_LOST").map(PathBuf::from),
     watchdog: Duration::from_millis(number("ANNULUS_VGPU_WATCHDOG_MS", 60_000)),

@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use crate::allocations::{self, Allocation, Kind};
 use crate::device;
-use crate::mapping::{Mapping, new_memory, reserve};
+use crate::mapping::{Mapping, device_of, new_memory, reserve};
 use crate::status::{Result, Status, refuse};
 
 /// Sizes and addresses are multiples of this: what `cuMemGetAllocationGranularity` tells.
@@ -57,7 +57,7 @@ pub(crate) fn create(len_bytes: usize, number: usize, exportable: bool) -> Resul
         return refuse(Status::INVALID_VALUE, "cuMemCreate of a size that is no multiple of the granularity");
     }
     device::charge(number, len_bytes)?;
-    let Ok(memory) = new_memory(len_bytes) else {
+    let Ok(memory) = new_memory(len_bytes, number) else {
         device::give_back(number, len_bytes);
         return Err(Status::OUT_OF_MEMORY);
     };
@@ -91,13 +91,13 @@ pub(crate) fn export(handle: u64) -> Result<i32> {
 }
 
 /// `cuMemImportFromShareableHandle`; the caller keeps its descriptor.
-pub(crate) fn import(descriptor: BorrowedFd<'_>, number: usize) -> Result<u64> {
+pub(crate) fn import(descriptor: BorrowedFd<'_>) -> Result<u64> {
     let memory = descriptor.try_clone_to_owned().map_err(|_| Status::INVALID_VALUE)?;
     let len_bytes = rustix::fs::fstat(&memory).map_err(|_| Status::INVALID_VALUE)?.st_size;
     let len_bytes = usize::try_from(len_bytes).map_err(|_| Status::INVALID_VALUE)?;
-    if !is_granular(len_bytes) {
+    let Some(number) = device_of(descriptor).filter(|_| is_granular(len_bytes)) else {
         return refuse(Status::INVALID_VALUE, "cuMemImportFromShareableHandle of a descriptor that is no such handle");
-    }
+    };
     keep(Physical { memory, len_bytes, device: number, exportable: true, owned: false })
 }
 
@@ -166,9 +166,13 @@ pub(crate) fn unmap(address: u64, len_bytes: usize) -> Result<()> {
 pub(crate) fn set_access(address: u64, len_bytes: usize, number: usize, allowed: bool) -> Result<()> {
     allocations::change(|table| {
         let allocation = table.get_mut(&address).filter(|allocation| allocation.len_bytes == len_bytes);
-        let Some(Allocation { kind: Kind::Virtual { access }, .. }) = allocation else {
+        let Some(Allocation { kind: Kind::Virtual { access }, device: owner, .. }) = allocation else {
             return refuse(Status::INVALID_VALUE, "cuMemSetAccess of something else than one mapping");
         };
+        if number != *owner && !device::can_access_peer(number as i32, *owner as i32)? {
+            // PyTorch issue 174030 shows the code.
+            return refuse(Status::INVALID_DEVICE, "cuMemSetAccess for a device that is no peer of the memory's");
+        }
         *access = if allowed { *access | 1 << number } else { *access & !(1 << number) };
         Ok(())
     })

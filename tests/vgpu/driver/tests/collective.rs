@@ -1,6 +1,8 @@
 //! `annulus::collective::cuda` on virtual GPUs: every operation against the reference, by every transport, between threads
 //! and between processes; and what each rank is told when something goes wrong.
 
+#[path = "support/log.rs"]
+mod log;
 #[path = "support/ranks.rs"]
 mod ranks;
 mod support;
@@ -330,21 +332,24 @@ fn one_sum(rank: &Rank, communicator: &mut Communicator, len_elems: usize) {
 #[test]
 fn second_process() {
     as_peer("second_process", || {
+        let log = log::keep();
         let rank = join_by_variables();
         let mut communicator = rank.communicator(Options::default());
         for len_elems in [1_000, 40_000] {
             one_sum(&rank, &mut communicator, len_elems);
         }
+        assert!(!log.tells_of_handles());
         say("done");
         listen();
     });
 }
 
-fn between_processes(test: &str, peers: &str, body: impl FnOnce(Rank, Peer)) {
+/// Rank 0 of 2, with `variable`; rank 1 has `theirs` besides.
+fn between_processes(test: &str, variable: (&str, &str), theirs: (&str, &str), body: impl FnOnce(Rank, Peer)) {
     let folder = tempfile::tempdir().unwrap();
     let variables = [
         TWO[0],
-        ("ANNULUS_VGPU_PEERS", peers),
+        variable,
         ("RANK", "0"),
         ("WORLD_SIZE", "2"),
         ("MASTER_ADDR", "localhost"),
@@ -352,43 +357,79 @@ fn between_processes(test: &str, peers: &str, body: impl FnOnce(Rank, Peer)) {
         ("TMPDIR", folder.path().to_str().unwrap()),
     ];
     on_virtual_gpu(test, &variables, || {
-        let peer = Peer::start("second_process", &[("RANK", "1")]);
+        let peer = Peer::start("second_process", &[("RANK", "1"), theirs]);
         body(join_by_variables(), peer);
     });
 }
 
+/// Variables of rank 0 or 1.
+const PEERS: (&str, &str) = ("ANNULUS_VGPU_PEERS", "all");
+const NO_PEERS: (&str, &str) = ("ANNULUS_VGPU_PEERS", "none");
+const NO_DESCRIPTORS: (&str, &str) = ("ANNULUS_VGPU_DESCRIPTORS", "none");
+
+fn sum_over_device_memory(rank: Rank, mut peer: Peer, way: &str) {
+    let log = log::keep();
+    let mut communicator = rank.communicator(Options::default());
+    assert_eq!(communicator.transport(1), Some(Transport::Device));
+    for len_elems in [1_000, 40_000] {
+        one_sum(&rank, &mut communicator, len_elems);
+    }
+    assert_eq!(peer.hear(), "done");
+    peer.tell("leave");
+    drop(communicator);
+    peer.finish();
+    assert!(log.has(way) && !log.tells_of_handles());
+}
+
+fn over_host_memory(rank: Rank, mut peer: Peer) {
+    let mut communicator = rank.communicator(Options::default());
+    assert!(matches!(communicator.transport(1), Some(Transport::Host(_))));
+    for len_elems in [1_000, 40_000] {
+        one_sum(&rank, &mut communicator, len_elems);
+    }
+    peer.tell("leave");
+    drop(communicator);
+    peer.finish();
+}
+
 #[test]
-fn processes_reach_each_other_by_handles() {
-    between_processes("processes_reach_each_other_by_handles", "all", |rank, mut peer| {
-        let mut communicator = rank.communicator(Options::default());
-        assert_eq!(communicator.transport(1), Some(Transport::Device));
-        for len_elems in [1_000, 40_000] {
-            one_sum(&rank, &mut communicator, len_elems);
-        }
-        assert_eq!(peer.hear(), "done");
-        peer.tell("leave");
-        drop(communicator);
-        peer.finish();
+fn p13_processes_reach_each_other_by_descriptors() {
+    between_processes("p13_processes_reach_each_other_by_descriptors", PEERS, PEERS, |rank, peer| {
+        sum_over_device_memory(rank, peer, "staging crosses between processes as descriptors");
     });
+}
+
+const BY_HANDLES: &str = "staging crosses between processes as legacy handles";
+
+#[test]
+fn p13_processes_whose_devices_share_no_descriptors_reach_each_other_by_handles() {
+    let name = "p13_processes_whose_devices_share_no_descriptors_reach_each_other_by_handles";
+    between_processes(name, NO_DESCRIPTORS, NO_DESCRIPTORS, |rank, peer| {
+        sum_over_device_memory(rank, peer, BY_HANDLES);
+    });
+}
+
+#[test]
+fn p13_one_device_that_shares_no_descriptors_decides_for_all() {
+    let name = "p13_one_device_that_shares_no_descriptors_decides_for_all";
+    between_processes(name, PEERS, NO_DESCRIPTORS, |rank, peer| sum_over_device_memory(rank, peer, BY_HANDLES));
+}
+
+/// The driver says that stores to a peer arrive, and they do not.
+#[test]
+fn processes_whose_peer_access_is_a_lie_use_the_host() {
+    let lossy = ("ANNULUS_VGPU_PEERS", "lossy");
+    between_processes("processes_whose_peer_access_is_a_lie_use_the_host", lossy, lossy, over_host_memory);
 }
 
 #[test]
 fn processes_without_peer_access_use_the_host() {
-    between_processes("processes_without_peer_access_use_the_host", "none", |rank, mut peer| {
-        let mut communicator = rank.communicator(Options::default());
-        assert!(matches!(communicator.transport(1), Some(Transport::Host(_))));
-        for len_elems in [1_000, 40_000] {
-            one_sum(&rank, &mut communicator, len_elems);
-        }
-        peer.tell("leave");
-        drop(communicator);
-        peer.finish();
-    });
+    between_processes("processes_without_peer_access_use_the_host", NO_PEERS, NO_PEERS, over_host_memory);
 }
 
 #[test]
 fn a_rank_that_is_killed_is_lost_within_a_second() {
-    between_processes("a_rank_that_is_killed_is_lost_within_a_second", "all", |rank, mut peer| {
+    between_processes("a_rank_that_is_killed_is_lost_within_a_second", PEERS, PEERS, |rank, mut peer| {
         let mut communicator = rank.communicator(Options::default());
         for len_elems in [1_000, 40_000] {
             one_sum(&rank, &mut communicator, len_elems);

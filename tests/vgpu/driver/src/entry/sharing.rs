@@ -7,6 +7,7 @@ use super::{In, Out};
 use crate::capture;
 use crate::device;
 use crate::ipc;
+use crate::settings::SETTINGS;
 use crate::status::{Result, Status, answer, refuse};
 use crate::virtual_memory::{self, GRANULARITY_BYTES};
 
@@ -96,6 +97,10 @@ extern "C" fn cuMemCreate(handle: Out<u64>, len_bytes: usize, properties: In<Pro
             return refuse(Status::INVALID_VALUE, "cuMemCreate of memory that is not CU_MEM_ALLOCATION_TYPE_PINNED");
         }
         let exportable = handle_types & POSIX_FILE_DESCRIPTOR != 0;
+        if exportable && !SETTINGS.shares_descriptors {
+            // DAPI 6.14, `cuMemCreate`: among its codes.
+            return refuse(Status::NOT_SUPPORTED, "cuMemCreate of memory to share by a descriptor");
+        }
         handle.give(virtual_memory::create(len_bytes, location.device()?, exportable)?)
     })
 }
@@ -119,14 +124,14 @@ extern "C" fn cuMemExportToShareableHandle(out: Out<c_int>, handle: u64, kind: u
 #[unsafe(no_mangle)]
 extern "C" fn cuMemImportFromShareableHandle(handle: Out<u64>, descriptor: usize, kind: u32) -> u32 {
     answer(|| {
-        let number = device::current()?;
+        device::current()?;
         let descriptor = c_int::try_from(descriptor).ok().filter(|descriptor| *descriptor >= 0);
         let (Some(descriptor), POSIX_FILE_DESCRIPTOR) = (descriptor, kind) else {
             return Err(Status::INVALID_VALUE);
         };
         // SAFETY: the driver API asks its caller for an open descriptor; it is only used during the call.
         let descriptor = unsafe { BorrowedFd::borrow_raw(descriptor) };
-        handle.give(virtual_memory::import(descriptor, number)?)
+        handle.give(virtual_memory::import(descriptor)?)
     })
 }
 

@@ -110,7 +110,8 @@ extern "C" fn cuDeviceGetAttribute(value: Out<c_int>, attribute: u32, number: c_
             33 => number,           // PCI_BUS_ID
             39 => THREADS_PER_MULTIPROCESSOR as c_int, // MAX_THREADS_PER_MULTIPROCESSOR
             75 => 9,                // COMPUTE_CAPABILITY_MAJOR
-            78 | 95 | 102 | 103 | 115 => 1, // priorities, cooperative, VMM, its descriptors, pools
+            78 | 95 | 102 | 115 => 1, // priorities, cooperative, VMM, pools
+            103 => SETTINGS.shares_descriptors.into(), // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
             92 | 94 | 123 => 1,     // stream memory operations and their NOR
             97 => SHARED_BYTES_PER_BLOCK_OPTIN as c_int, // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             81 => SHARED_BYTES_PER_MULTIPROCESSOR as c_int, // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
