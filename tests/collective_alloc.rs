@@ -2,8 +2,9 @@
 //! watches meanwhile. One test, because the counter sees every thread of the process.
 #![cfg(not(loom))]
 
+mod together;
+
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use annulus::schedule::Algorithm;
 use annulus::telemetry::Timeline;
 use annulus::world::{World, WorldOptions, launch};
 use annulus::{DType, ReduceOp};
+use together::Together;
 
 /// The system's allocator, which counts while it is asked to.
 struct Counting;
@@ -139,7 +141,7 @@ impl Steps {
 
 /// Calls of the allocator, by any thread, while both ranks make [`STEPS`] steps.
 fn calls(algorithm: Option<Algorithm>) -> usize {
-    let together = Barrier::new(2);
+    let together = Together::new(2);
     let counted = launch::threads(2, |environment| {
         let world = World::join(environment, WorldOptions { timeout: PATIENCE, ..WorldOptions::default() }).unwrap();
         let mut steps = Steps::new(&world, algorithm);
@@ -148,7 +150,7 @@ fn calls(algorithm: Option<Algorithm>) -> usize {
             // Streams go idle: a thread makes what it needs for waiting when it first waits. Monitors beat.
             std::thread::sleep(Duration::from_millis(4));
         }
-        if together.wait().is_leader() {
+        if together.wait() {
             CALLS.store(0, Ordering::SeqCst);
             IS_COUNTING.store(true, Ordering::SeqCst);
         }

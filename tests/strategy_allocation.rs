@@ -1,8 +1,9 @@
 //! Nothing allocates after setup: neither a training step nor a collective, on no thread. One test, because the counter
 //! sees the whole process.
 
+mod together;
+
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use annulus::strategy::{
 use annulus::telemetry::Timeline;
 use annulus::world::{Environment, World, WorldOptions, launch};
 use annulus::{DType, NormType, ReduceOp};
+use together::Together;
 
 /// Counts allocations while it is asked to.
 struct Counting;
@@ -46,13 +48,13 @@ const WARM_UP: usize = 12;
 const STEPS: usize = 60;
 
 /// Runs `step` on every rank, a few times to warm up and then [`STEPS`] times; the allocations of the latter.
-fn allocations_of(barrier: &Barrier, mut step: impl FnMut()) -> usize {
+fn allocations_of(barrier: &Together, mut step: impl FnMut()) -> usize {
     for _ in 0..WARM_UP {
         step();
         // Streams go idle: a thread makes what it needs for waiting when it first waits.
         std::thread::sleep(Duration::from_millis(3));
     }
-    if barrier.wait().is_leader() {
+    if barrier.wait() {
         ALLOCATIONS.store(0, Ordering::SeqCst);
         IS_COUNTING.store(true, Ordering::SeqCst);
     }
@@ -73,7 +75,7 @@ impl Module for Layers {
 }
 
 /// A training step with all that happens in one; its own data is allocated before.
-fn training_allocations(mut strategy: impl Strategy, barrier: &Barrier) -> usize {
+fn training_allocations(mut strategy: impl Strategy, barrier: &Together) -> usize {
     let init = strategy.module_init_context(Init::Default);
     let layers = (0..8).map(|i| init.parameter(&format!("layer{i}"), &[50, 40 + i], |w| w.fill(0.5)).unwrap());
     let model = Layers(layers.collect());
@@ -106,7 +108,7 @@ fn training_allocations(mut strategy: impl Strategy, barrier: &Barrier) -> usize
     })
 }
 
-fn collective_allocations(environment: Environment, barrier: &Barrier) -> usize {
+fn collective_allocations(environment: Environment, barrier: &Together) -> usize {
     let world = World::join(environment, WorldOptions::default()).unwrap();
     let mut communicator = Communicator::new(&world, Default::default()).unwrap();
     let stream = Stream::new("collective").unwrap();
@@ -135,11 +137,11 @@ fn collective_allocations(environment: Environment, barrier: &Barrier) -> usize 
 #[test]
 fn nothing_allocates_after_setup() {
     // The counter counts.
-    let barrier = Barrier::new(1);
+    let barrier = Together::new(1);
     assert_eq!(allocations_of(&barrier, || drop(std::hint::black_box(Box::new(1)))), STEPS);
 
     for world_size in [1, 2, 3] {
-        let barrier = Barrier::new(world_size as usize);
+        let barrier = Together::new(world_size);
         let counts = launch::threads(world_size, |environment| collective_allocations(environment, &barrier)).unwrap();
         assert_eq!(counts[0], 0, "collectives on {world_size} ranks; the last of {LAST_BYTES:?} bytes");
     }
@@ -149,12 +151,12 @@ fn nothing_allocates_after_setup() {
             let (first_bucket_bytes, bucket_bytes) = (4 << 10, 20 << 10);
             StrategyOptions { precision, first_bucket_bytes, bucket_bytes, timeline, ..Default::default() }
         };
-        let barrier = Barrier::new(1);
+        let barrier = Together::new(1);
         let single = SingleDevice::setup_environment(Environment::single(), options(0)).unwrap();
         let count = training_allocations(single, &barrier);
         assert_eq!(count, 0, "{precision} on one device; the last of {LAST_BYTES:?} bytes");
         for world_size in [1, 3] {
-            let barrier = Barrier::new(world_size as usize);
+            let barrier = Together::new(world_size);
             let counts = launch::threads(world_size, |environment| {
                 let options = options(environment.rank);
                 training_allocations(Ddp::setup_environment(environment, options).unwrap(), &barrier)

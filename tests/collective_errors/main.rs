@@ -6,22 +6,24 @@
 mod mismatches;
 mod misuse;
 mod stalls;
+#[path = "../together/mod.rs"]
+mod together;
 mod values;
 
-use std::sync::Barrier;
 use std::time::Duration;
 
 use annulus::collective::{CollectiveOptions, Communicator};
 use annulus::device::{Arena, Buffer};
 use annulus::world::{World, WorldOptions, launch};
 use annulus::{Element, Error};
+use together::Together;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `body` on `world_size` ranks. It is given a barrier that is not the library's, so that nobody leaves (which would
 /// be another error) before everybody has seen what there is to see.
-fn ranks<T: Send>(world_size: u32, timeout: Duration, body: impl Fn(&World, &Barrier) -> T + Sync) -> Vec<T> {
-    let everybody = Barrier::new(world_size as usize);
+fn ranks<T: Send>(world_size: u32, timeout: Duration, body: impl Fn(&World, &Together) -> T + Sync) -> Vec<T> {
+    let everybody = Together::new(world_size);
     launch::threads(world_size, |environment| {
         let options = WorldOptions { timeout, warn_after: timeout / 2, ..WorldOptions::default() };
         let world = World::join(environment, options).unwrap();

@@ -7,6 +7,7 @@ use annulus::device::{Buffer, Stream};
 use annulus::world::World;
 use annulus::{DType, Error, ReduceOp, Result};
 
+use super::together::Together;
 use super::{PATIENCE, cause, communicator, ranks};
 
 const DEADLINE: Duration = Duration::from_millis(600);
@@ -127,7 +128,7 @@ fn p04_who_comes_late_but_in_time_is_no_error() {
 }
 
 /// Stops the job by an absent rank, with operations in flight behind the one that fails.
-fn poisoned(world: &World, everybody: &std::sync::Barrier, check: impl FnOnce(&mut [Communicator; 2], &Stream)) {
+fn poisoned(world: &World, everybody: &Together, check: impl FnOnce(&mut [Communicator; 2], &Stream)) {
     let mut whole = impatient(world);
     let part = whole.split(Some(world.rank() / 2), 0).unwrap().unwrap();
     let stream = Stream::new("communication").unwrap();
