@@ -9,7 +9,7 @@ use annulus::strategy::{
 };
 use annulus::{DType, Error, NormType};
 
-use crate::model::{Loss, Mlp, Sample, TIMEOUT, WORLDS, bits, ddp, everywhere, options, run_in, samples};
+use crate::model::{Loss, Mlp, Sample, TIMEOUT, WORLDS, bits, ddp, everywhere, options, run_in, samples, times};
 use crate::rows::One;
 
 #[test]
@@ -296,7 +296,14 @@ struct Run {
     done: usize,
 }
 
-const STEPS: usize = 26;
+/// Batches of a whole run, and samples that they are drawn from: a few epochs.
+fn steps() -> usize {
+    times(26, 8)
+}
+
+fn len_samples() -> usize {
+    times(37, 9)
+}
 
 impl Run {
     fn new(strategy: &mut Box<dyn Strategy>) -> Run {
@@ -305,10 +312,10 @@ impl Run {
         Run { model, optimizer, rng: Rng::for_stream(3, u64::from(strategy.rank())), done: 0 }
     }
 
-    /// Trains until `STEPS` batches are done, or saves and stops after `stop`. Data order, noise and learning rate all depend
+    /// Trains until [`steps`] batches are done, or saves and stops after `stop`. Data order, noise and learning rate all depend
     /// on what a checkpoint must hold.
     fn train(&mut self, strategy: &mut Box<dyn Strategy>, from: Option<&Path>, stop: Option<(usize, &Path)>) {
-        let data: Vec<Sample> = samples(37);
+        let data: Vec<Sample> = samples(len_samples());
         let loader = strategy.process_dataloader(DataLoader::new(data, 2).shuffle(true).seed(8)).unwrap();
         if let Some(path) = from {
             let mut loader_state: LoaderState = loader.state();
@@ -345,7 +352,7 @@ impl Run {
                     strategy.save_checkpoint(path, &state, None).unwrap();
                     return;
                 }
-                if self.done == STEPS {
+                if self.done == steps() {
                     return;
                 }
             }
@@ -371,8 +378,8 @@ fn a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit() {
                 })
             };
             let whole = job(None, None);
-            // In the first epoch, at its end (37 samples, batches of 2), and later.
-            let per_epoch = 37_usize.div_ceil(world.unwrap_or(1) as usize).div_ceil(2);
+            // In the first epoch, at its end (batches of 2), and later.
+            let per_epoch = len_samples().div_ceil(world.unwrap_or(1) as usize).div_ceil(2);
             for stop in [3, per_epoch, per_epoch + 1] {
                 job(None, Some((stop, &path)));
                 let resumed = job(Some(&path), None);
