@@ -59,6 +59,12 @@ impl Tensor {
         Ok(Tensor { shape: shape.to_vec(), storage })
     }
 
+    /// The same tensor over `storage`, which holds as many elements.
+    pub(crate) fn moved_to(self, storage: Storage) -> Tensor {
+        debug_assert_eq!(self.len_elems(), storage.len_elems());
+        Tensor { storage, ..self }
+    }
+
     /// The dimensions, slowest first. Empty for a scalar.
     pub fn shape(&self) -> &[usize] {
         &self.shape

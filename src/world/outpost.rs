@@ -3,7 +3,7 @@
 //! The monitor visits every outpost once a beat: one that has found an error raises it for the whole job, and when the job
 //! has failed, all of them are told to stop waiting.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::board::RankState;
 use super::{Core, World};
@@ -26,18 +26,23 @@ pub(crate) trait Outpost: Send + Sync {
 pub(super) struct Outposts(Mutex<Vec<Weak<dyn Outpost>>>);
 
 impl Outposts {
-    fn alive(&self) -> Vec<Arc<dyn Outpost>> {
-        let mut outposts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        outposts.retain(|outpost| outpost.strong_count() > 0);
-        outposts.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<dyn Outpost>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn abort(&self) {
-        self.alive().iter().for_each(|outpost| outpost.abort());
+        self.lock().iter().filter_map(Weak::upgrade).for_each(|outpost| outpost.abort());
+    }
+
+    /// What one of them has found; else whether any is stuck.
+    fn look(&self) -> (Option<Error>, bool) {
+        let mut outposts = self.lock();
+        outposts.retain(|outpost| outpost.strong_count() > 0);
+        let alive = || outposts.iter().filter_map(Weak::upgrade);
+        match alive().find_map(|outpost| outpost.look()) {
+            Some(error) => (Some(error), false),
+            None => (None, alive().filter(|outpost| outpost.is_stuck()).count() > 0), // each counts its beats
+        }
     }
 }
 
@@ -50,9 +55,7 @@ impl std::fmt::Debug for Outposts {
 impl World {
     /// Has `outpost` visited as long as it lives.
     pub(crate) fn watch(&self, outpost: &Arc<dyn Outpost>) {
-        let mut outposts = self.core().outposts.0.lock().unwrap_or_else(PoisonError::into_inner);
-        outposts.push(Arc::downgrade(outpost));
-        drop(outposts);
+        self.core().outposts.lock().push(Arc::downgrade(outpost));
         // It may be late.
         if self.fault().is_some() {
             outpost.abort();
@@ -63,16 +66,16 @@ impl World {
 impl Core {
     /// Raises what an outpost has found, and stops all of them if the job has failed.
     pub(super) fn visit_outposts(&self) {
-        if self.outposts.is_empty() {
+        if self.outposts.lock().is_empty() {
             return;
         }
         if self.fault().is_some() {
             return self.outposts.abort();
         }
-        let alive = self.outposts.alive();
-        if let Some(error) = alive.iter().find_map(|outpost| outpost.look()) {
+        let (found, any_stuck) = self.outposts.look();
+        if let Some(error) = found {
             self.raise(error);
-        } else if alive.iter().filter(|outpost| outpost.is_stuck()).count() > 0
+        } else if any_stuck
             && let Some(peer) = (0..self.environment.world_size).find(|rank| self.board.state(*rank) == RankState::Left)
         {
             // Who left in peace has left them waiting all the same.

@@ -111,6 +111,11 @@ impl Buffer {
         Ok(buffer)
     }
 
+    /// What keeps the bytes allocated.
+    pub(super) fn into_memory(self) -> Arc<dyn Memory> {
+        self.memory
+    }
+
     pub(super) fn over(memory: Arc<dyn Memory>, dtype: DType, len_elems: usize) -> Buffer {
         Buffer { memory, dtype, len_elems }
     }

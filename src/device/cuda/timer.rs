@@ -78,6 +78,22 @@ impl Timer {
         self.between(self.start, self.stop)
     }
 
+    /// As [`elapsed`](Timer::elapsed), if the second point was reached by now.
+    ///
+    /// # Errors
+    /// As [`elapsed`](Timer::elapsed), but for the deadline.
+    pub fn poll(&self) -> Result<Option<Duration>> {
+        self.device.bind()?;
+        // SAFETY: as in `elapsed`.
+        match unsafe { result::event::query(self.stop) } {
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(None),
+            asked => {
+                self.device.check("cuEventQuery", asked)?;
+                self.between(self.start, self.stop).map(Some)
+            }
+        }
+    }
+
     /// How long after the start of `base`, an earlier one, this one started. The longer that is, the coarser: to a
     /// sixteen-millionth.
     ///

@@ -1,7 +1,7 @@
 //! Gradients into buckets on a device, from wherever a backward left them.
 
 use super::cast::{ELEMENTWISE, pairs_table};
-use super::table::{Operands, SINGLES, Table};
+use super::table::{SINGLES, Table, lone_pair};
 use crate::abi::{AccumulateArguments, CHUNK_ELEMS, CastTensor, ChunkRange};
 use crate::device::cuda::{Kernels, Stream, View};
 use crate::error::Result;
@@ -68,9 +68,7 @@ pub fn contribute(
     contribution: Contribution,
     factor: f32,
 ) -> Result<()> {
-    let mut operands = Operands::new(kernels.device());
-    let [src_address, dst_address] = operands.pair(0, src, dst, [SINGLES, SINGLES])?;
-    operands.check_apart()?;
+    let [src_address, dst_address] = lone_pair(kernels.device(), src, dst, [SINGLES, SINGLES])?;
     if src.is_empty() {
         return Ok(());
     }

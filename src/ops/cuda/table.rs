@@ -73,10 +73,7 @@ impl<'d> Operands<'d> {
         accepted: &[DType],
         is_written: bool,
     ) -> Result<u64> {
-        check_device(what, self.device, view)?;
-        if !accepted.contains(&view.dtype()) {
-            return Err(Error::Unsupported { op: format!("{what} of tensor {tensor}"), dtype: view.dtype() });
-        }
+        check_operand(what, self.device, tensor, view, accepted)?;
         let begin = view.address();
         if !view.is_empty() {
             self.regions.push(Region { begin, end: begin + view.len_bytes() as u64, tensor, is_written });
@@ -96,11 +93,7 @@ impl<'d> Operands<'d> {
         for region in &self.regions {
             let before = if region.is_written { any } else { written };
             if let Some(before) = before.filter(|before| before.end > region.begin) {
-                return Err(Error::InvalidArgument {
-                    argument: "tensors on the device",
-                    value: format!("tensors {} and {}, which overlap", before.tensor, region.tensor),
-                    accepted: "what is written must not be used by another tensor or under another type",
-                });
+                return Err(overlap(before.tensor, region.tensor));
             }
             let further = |old: Option<&Region>| old.is_none_or(|old| region.end > old.end);
             if further(any) {
@@ -112,6 +105,40 @@ impl<'d> Operands<'d> {
         }
         Ok(())
     }
+}
+
+/// As [`Operands::pair`] and [`Operands::check_apart`] of one pair alone, which takes no memory.
+///
+/// # Errors
+/// As those.
+pub(super) fn lone_pair(device: &Device, src: &View, dst: &View, accepted: [&[DType]; 2]) -> Result<[u64; 2]> {
+    check_length("target", 0, src.len_elems(), dst)?;
+    check_operand("target", device, 0, dst, accepted[1])?;
+    check_operand("source", device, 0, src, accepted[0])?;
+    let [(begin, end), (dst_begin, dst_end)] =
+        [src, dst].map(|view| (view.address(), view.address() + view.len_bytes() as u64));
+    let is_in_place = begin == dst_begin && src.dtype() == dst.dtype();
+    if !is_in_place && begin < dst_end && dst_begin < end {
+        return Err(overlap(0, 0));
+    }
+    Ok([begin, dst_begin])
+}
+
+fn overlap(one: usize, other: usize) -> Error {
+    Error::InvalidArgument {
+        argument: "tensors on the device",
+        value: format!("tensors {one} and {other}, which overlap"),
+        accepted: "what is written must not be used by another tensor or under another type",
+    }
+}
+
+/// Fails unless `view` is on `device`, and of a dtype that is `accepted`.
+fn check_operand(what: &'static str, device: &Device, tensor: usize, view: &View, accepted: &[DType]) -> Result<()> {
+    check_device(what, device, view)?;
+    if !accepted.contains(&view.dtype()) {
+        return Err(Error::Unsupported { op: format!("{what} of tensor {tensor}"), dtype: view.dtype() });
+    }
+    Ok(())
 }
 
 /// Fails unless `view` is on `device`.

@@ -118,7 +118,7 @@ impl DeviceBackend {
             counters: Arc::clone(counters),
             watch: RefCell::new(Watch::new(&place, Arc::clone(counters), options.timeline.clone())?),
             tracks: ["compute", "communication"].map(|name| options.timeline.track(name)),
-            mover: BatchMover::new(place.clone(), copies),
+            mover: BatchMover::new(place.clone(), copies)?,
             kernels,
             place,
         })

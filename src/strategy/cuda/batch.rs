@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::memory::DevicePlace;
-use crate::device::cuda::{Event, Staging, Stream};
+use crate::device::cuda::{Event, Pool, Staging, Stream};
 use crate::error::Result;
 use crate::strategy::storage::Storage;
 use crate::strategy::tensor::{Tensor, with_element};
@@ -13,7 +13,8 @@ use crate::strategy::tensor::{Tensor, with_element};
 ///
 /// # Synchronization
 /// Tensors are copied by way of pinned memory on a stream of their own; what is enqueued on the strategy's compute stream
-/// after the call runs behind the copy. The host waits for neither.
+/// after the call runs behind the copy. The host waits for neither. Memory of tensors that were dropped is written anew behind
+/// what the compute stream was given before: who reads a tensor on another stream has the compute stream wait for that.
 #[derive(Clone)]
 pub struct BatchMover(Arc<Mover>);
 
@@ -21,12 +22,15 @@ struct Mover {
     place: DevicePlace,
     copies: Stream,
     staging: Staging,
+    pool: Pool,
+    copied: Event,
 }
 
 impl BatchMover {
-    pub(super) fn new(place: DevicePlace, copies: Stream) -> BatchMover {
+    pub(super) fn new(place: DevicePlace, copies: Stream) -> Result<BatchMover> {
         let staging = Staging::new(&place.device, place.timeout);
-        BatchMover(Arc::new(Mover { place, copies, staging }))
+        let (pool, copied) = (Pool::new(&place.device), Event::new(&place.device)?);
+        Ok(BatchMover(Arc::new(Mover { place, copies, staging, pool, copied })))
     }
 
     /// The device's number in this process.
@@ -35,16 +39,15 @@ impl BatchMover {
     }
 
     pub(crate) fn take(&self, tensor: Tensor) -> Result<Tensor> {
-        let Mover { place, copies, staging } = &*self.0;
+        let Mover { place, copies, staging, pool, copied } = &*self.0;
         let Some(buffer) = tensor.buffer() else {
             return Ok(tensor); // it is there
         };
-        let memory = place.alloc(tensor.dtype(), tensor.len_elems())?;
-        let copied = Event::new(&place.device)?;
+        let memory = place.adopt(pool.take(tensor.dtype(), tensor.len_elems(), &place.compute, copies)?);
         with_element!(buffer.dtype(), T => staging.upload::<T>(buffer.as_slice()?, &memory.view(), copies))?;
-        copies.record(&copied)?;
-        place.compute.wait(&copied)?;
-        Tensor::over(tensor.shape(), Storage::Device(memory))
+        copies.record(copied)?;
+        place.compute.wait(copied)?;
+        Ok(tensor.moved_to(Storage::Device(memory)))
     }
 }
 

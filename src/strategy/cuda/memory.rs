@@ -21,7 +21,12 @@ pub(crate) struct DevicePlace {
 impl DevicePlace {
     /// Zeroes.
     pub fn alloc(&self, dtype: DType, len_elems: usize) -> Result<DeviceMemory> {
-        Ok(DeviceMemory { buffer: Buffer::zeroed(&self.device, dtype, len_elems)?, place: self.clone() })
+        Buffer::zeroed(&self.device, dtype, len_elems).map(|buffer| self.adopt(buffer))
+    }
+
+    /// A buffer of the place's device.
+    pub fn adopt(&self, buffer: Buffer) -> DeviceMemory {
+        DeviceMemory { buffer, place: self.clone() }
     }
 }
 

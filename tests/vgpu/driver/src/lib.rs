@@ -24,6 +24,7 @@
 //! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
+//! | `ANNULUS_VGPU_CALLS` | a file that gets a line for each call of the driver: its name | none |
 //! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without

@@ -24,6 +24,7 @@ pub(crate) struct Settings {
     pub watchdog: Duration,
     /// Functions are loaded when they are needed.
     pub loads_lazily: bool,
+    pub calls: Option<PathBuf>,
     pub tally: Option<PathBuf>,
 }
 
@@ -49,6 +50,7 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
         Ok("LAZY") | Err(_) => true,
         Ok(other) => refuse("CUDA_MODULE_LOADING", other),
     },
+    calls: std::env::var_os("ANNULUS_VGPU_CALLS").map(PathBuf::from),
     tally: std::env::var_os("ANNULUS_VGPU_TALLY").map(PathBuf::from),
 });
 

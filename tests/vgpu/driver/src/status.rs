@@ -2,6 +2,8 @@
 
 use std::ffi::CStr;
 
+use crate::tally;
+
 /// A call's failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Status(pub u32);
@@ -69,7 +71,8 @@ codes! {
 }
 
 /// What a C caller gets.
-pub(crate) fn answer(work: impl FnOnce() -> Result<()>) -> u32 {
+pub(crate) fn answer<F: FnOnce() -> Result<()>>(work: F) -> u32 {
+    tally::note_call::<F>();
     match work() {
         Ok(()) => 0,
         Err(Status(code)) => code,

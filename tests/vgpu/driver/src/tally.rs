@@ -1,7 +1,9 @@
-//! What launches did, for who compares it with the least there is: a line each in the file that `ANNULUS_VGPU_TALLY` names.
+//! What was asked of the driver, for who counts: in the file that `ANNULUS_VGPU_CALLS` names a line for each call, and in that
+//! of `ANNULUS_VGPU_TALLY` one for each launch, for who compares what it did with the least there is.
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::path::Path;
 
 use annulus_vgpu::Report;
 
@@ -11,12 +13,22 @@ use crate::settings::SETTINGS;
 pub(crate) fn add(kernel: &str, report: &Report) {
     let Some(path) = &SETTINGS.tally else { return };
     let Report { instructions, loaded_bytes, stored_bytes, .. } = report;
-    let line = format!("{kernel} {instructions} {loaded_bytes} {stored_bytes}\n");
-    let written =
-        OpenOptions::new().create(true).append(true).open(path).and_then(|mut file| file.write_all(line.as_bytes()));
-    if let Err(error) = written {
+    append(path, &format!("{kernel} {instructions} {loaded_bytes} {stored_bytes}\n"));
+}
+
+/// Writes down a call, by the type of the closure in the function of that name.
+pub(crate) fn note_call<F>() {
+    let Some(path) = &SETTINGS.calls else { return };
+    let place = std::any::type_name::<F>();
+    let name = place.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(place);
+    append(path, &format!("{name}\n"));
+}
+
+fn append(path: &Path, line: &str) {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
         // A tally with a hole would be believed.
-        eprintln!("virtual GPU: ANNULUS_VGPU_TALLY={}: {error}", path.display());
+        eprintln!("virtual GPU: {}: {error}", path.display());
         std::process::abort();
     }
 }

@@ -1,6 +1,8 @@
 //! `annulus::device::cuda` on virtual GPUs: what it finds, what runs in which order, what other processes reach, and what
 //! goes wrong.
 
+#[path = "support/linger.rs"]
+mod linger;
 mod support;
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -9,11 +11,12 @@ use std::time::Duration;
 
 use annulus::abi::{ELEMENTWISE_THREADS, PROBE_THREADS, ProbeArguments, ScaleArguments};
 use annulus::device::cuda::{
-    Arena, Buffer, Device, Driver, Event, Exported, Kernels, Link, OLDEST_DRIVER, PeerAccess, PeerArena, Pinned,
+    Arena, Buffer, Device, Driver, Event, Exported, Kernels, Link, OLDEST_DRIVER, PeerAccess, PeerArena, Pinned, Pool,
     Priority, ProbeArea, Shape, Sharing, Stream, Token, Uuid, probe_pair,
 };
 use annulus::{DType, Error};
 use bytemuck::Zeroable;
+use linger::linger;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
@@ -28,23 +31,6 @@ fn device(ordinal: u32) -> Device {
 
 fn stream(device: &Device) -> Stream {
     Stream::new(device, "test", Priority::Normal).unwrap()
-}
-
-/// A probe whose peer never comes: a kernel that waits for so long, and then writes its report.
-fn linger(kernels: &Kernels, stream: &Stream, area: &Buffer, timeout: Duration) {
-    let at = |word: u64| area.address() + 4 * word;
-    let arguments = ProbeArguments {
-        peer_flag: at(0),
-        flag: at(1),
-        abort: at(2),
-        report: at(3),
-        timeout_ns: timeout.as_nanos() as u64,
-        generation: 1,
-        ..ProbeArguments::zeroed()
-    };
-    let shape = Shape { blocks: 1, threads: PROBE_THREADS, shared_bytes: 0, cooperative: false };
-    // SAFETY: the arguments' own type; all addresses are of words of the buffer, which outlives the kernel in every test.
-    unsafe { kernels.launch("probe_peer", shape, stream, &arguments) }.unwrap();
 }
 
 // ---- what there is -----------------------------------------------------------------------------------------------------
@@ -125,7 +111,7 @@ fn an_event_orders_two_streams_without_the_host() {
         let mut copy = Buffer::zeroed(&device, DType::I32, 6).unwrap();
         let (event, late) = (Event::new(&device).unwrap(), Event::new(&device).unwrap());
         assert!(event.is_complete(), "never recorded");
-        linger(&kernels, &first, &area, Duration::from_millis(300));
+        linger(&kernels, &first, area.address(), Duration::from_millis(300));
         first.record(&event).unwrap();
         second.wait(&event).unwrap();
         copy.write(&[7; 6], &second).unwrap();
@@ -200,7 +186,7 @@ fn a_kernel_starts_for_the_first_time_beside_one_that_runs() {
         let (first, second) = (stream(&device), stream(&device));
         let (area, signal) = (Buffer::zeroed(&device, DType::I32, 6), Buffer::zeroed(&device, DType::F32, 8));
         let (area, signal, event) = (area.unwrap(), signal.unwrap(), Event::new(&device).unwrap());
-        linger(&kernels, &first, &area, Duration::from_secs(3));
+        linger(&kernels, &first, area.address(), Duration::from_secs(3));
         first.record(&event).unwrap();
         let arguments = ScaleArguments { signal: signal.address(), ..ScaleArguments::zeroed() }; // of no tensors
         let shape = Shape { blocks: 1, threads: ELEMENTWISE_THREADS, shared_bytes: 0, cooperative: false };
@@ -209,6 +195,52 @@ fn a_kernel_starts_for_the_first_time_beside_one_that_runs() {
         second.synchronize(PATIENCE).unwrap();
         assert!(!event.is_complete(), "the first kernel is still waiting");
         event.synchronize(PATIENCE).unwrap();
+    });
+}
+
+#[test]
+fn a_pool_gives_memory_out_again_behind_its_last_use() {
+    on_virtual_gpu("a_pool_gives_memory_out_again_behind_its_last_use", &[], || {
+        let device = device(0);
+        let (kernels, pool) = (Kernels::load(&device).unwrap(), Pool::new(&device));
+        let (user, writer) = (stream(&device), Stream::new(&device, "writer", Priority::Normal).unwrap());
+        let area = Buffer::zeroed(&device, DType::I32, 6).unwrap();
+        let take = |len_elems| pool.take(DType::F32, len_elems, &user, &writer).unwrap();
+        // Finds what is held no more, and lets the device get there.
+        let settle = || {
+            take(1);
+            user.synchronize(PATIENCE).unwrap();
+        };
+        let (first, second) = (take(1000), take(1000));
+        let places = [first.address(), second.address()];
+        assert_ne!(places[0], places[1], "both are held");
+        let view = first.view().slice(10, 1).unwrap();
+        drop((first, second));
+        settle();
+        assert_eq!(take(900).address(), places[1], "a view holds the first");
+        settle();
+        let second = take(1024);
+        drop(view);
+        settle();
+        assert_eq!(take(1024).address(), places[0], "another length of the same block");
+        drop(second);
+        settle();
+        assert_eq!(take(0).address() % 256, 0);
+        assert!(!places.contains(&take(1025).address()), "no block of that length");
+        assert!(matches!(pool.take(DType::F32, usize::MAX / 8, &user, &writer), Err(Error::SizeOverflow { .. })));
+
+        // A device that is not done with either: nothing is waited for, and the third writes behind what used the first.
+        let both = [take(1000), take(1000)].map(|buffer| buffer.address());
+        let (end, written) = (Event::new(&device).unwrap(), Event::new(&device).unwrap());
+        linger(&kernels, &user, area.address(), Duration::from_millis(300));
+        user.record(&end).unwrap();
+        let mut third = take(1000);
+        assert!(both.contains(&third.address()));
+        third.write(&[1.0f32; 1000], &writer).unwrap();
+        writer.record(&written).unwrap();
+        assert!(!end.is_complete() && !written.is_complete());
+        written.synchronize(PATIENCE).unwrap();
+        assert!(end.is_complete());
     });
 }
 

@@ -105,63 +105,75 @@ enum Call {
 }
 
 /// A copy of nothing is nothing, whatever its addresses are.
-fn copy_call(len_bytes: usize, call: Call, sides: impl FnOnce() -> Result<(Side, Side)>) -> u32 {
-    answer(|| {
-        device::current()?;
-        if len_bytes == 0 {
-            return Ok(());
+fn copy_call(len_bytes: usize, call: Call, sides: impl FnOnce() -> Result<(Side, Side)>) -> Result<()> {
+    device::current()?;
+    if len_bytes == 0 {
+        return Ok(());
+    }
+    let (to, from) = sides()?;
+    match call {
+        Call::Synchronous { waits } => {
+            capture::check_unsafe("a synchronous copy")?;
+            copy(to, from, len_bytes, LEGACY, waits)
         }
-        let (to, from) = sides()?;
-        match call {
-            Call::Synchronous { waits } => {
-                capture::check_unsafe("a synchronous copy")?;
-                copy(to, from, len_bytes, LEGACY, waits)
-            }
-            Call::Async(stream) => copy(to, from, len_bytes, stream, false),
-        }
-    })
+        Call::Async(stream) => copy(to, from, len_bytes, stream, false),
+    }
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyHtoD_v2(to: u64, from: u64, len_bytes: usize) -> u32 {
-    copy_call(len_bytes, Call::Synchronous { waits: true }, || {
-        Ok((Side::device(to, len_bytes)?, Side::host(from, len_bytes)?))
+    answer(|| {
+        copy_call(len_bytes, Call::Synchronous { waits: true }, || {
+            Ok((Side::device(to, len_bytes)?, Side::host(from, len_bytes)?))
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: u64, len_bytes: usize, stream: u64) -> u32 {
-    copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::host(from, len_bytes)?)))
+    answer(|| {
+        copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::host(from, len_bytes)?)))
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoH_v2(to: u64, from: u64, len_bytes: usize) -> u32 {
-    copy_call(len_bytes, Call::Synchronous { waits: true }, || {
-        Ok((Side::host(to, len_bytes)?, Side::device(from, len_bytes)?))
+    answer(|| {
+        copy_call(len_bytes, Call::Synchronous { waits: true }, || {
+            Ok((Side::host(to, len_bytes)?, Side::device(from, len_bytes)?))
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, len_bytes: usize, stream: u64) -> u32 {
-    copy_call(len_bytes, Call::Async(stream), || Ok((Side::host(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    answer(|| {
+        copy_call(len_bytes, Call::Async(stream), || Ok((Side::host(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoD_v2(to: u64, from: u64, len_bytes: usize) -> u32 {
-    copy_call(len_bytes, Call::Synchronous { waits: false }, || {
-        Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?))
+    answer(|| {
+        copy_call(len_bytes, Call::Synchronous { waits: false }, || {
+            Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?))
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len_bytes: usize, stream: u64) -> u32 {
-    copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    answer(|| {
+        copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    })
 }
 
 /// Any two places.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyAsync(to: u64, from: u64, len_bytes: usize, stream: u64) -> u32 {
-    copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    answer(|| {
+        copy_call(len_bytes, Call::Async(stream), || Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?)))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -173,41 +185,41 @@ extern "C" fn cuMemcpyPeerAsync(
     len_bytes: usize,
     stream: u64,
 ) -> u32 {
-    copy_call(len_bytes, Call::Async(stream), || {
-        device::device_of(to_context)?;
-        device::device_of(from_context)?;
-        Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?))
+    answer(|| {
+        copy_call(len_bytes, Call::Async(stream), || {
+            device::device_of(to_context)?;
+            device::device_of(from_context)?;
+            Ok((Side::device(to, len_bytes)?, Side::device(from, len_bytes)?))
+        })
     })
 }
 
-fn fill(to: u64, byte: u8, len_bytes: usize, call: &Call) -> u32 {
-    answer(|| {
-        device::current()?;
-        if len_bytes == 0 {
-            return Ok(());
+fn fill(to: u64, byte: u8, len_bytes: usize, call: &Call) -> Result<()> {
+    device::current()?;
+    if len_bytes == 0 {
+        return Ok(());
+    }
+    let to = Side::device(to, len_bytes)?;
+    let stream = match call {
+        Call::Synchronous { .. } => {
+            capture::check_unsafe("a synchronous fill")?;
+            LEGACY
         }
-        let to = Side::device(to, len_bytes)?;
-        let stream = match call {
-            Call::Synchronous { .. } => {
-                capture::check_unsafe("a synchronous fill")?;
-                LEGACY
-            }
-            Call::Async(stream) => *stream,
-        };
-        let stream = Stream::of(stream)?;
-        let device = stream.device;
-        stream.submit(move || {
-            let _ = to.with(device, len_bytes, |to, offset| to.fill(offset, len_bytes, byte)); // none: as in `copy_now`
-        })
+        Call::Async(stream) => *stream,
+    };
+    let stream = Stream::of(stream)?;
+    let device = stream.device;
+    stream.submit(move || {
+        let _ = to.with(device, len_bytes, |to, offset| to.fill(offset, len_bytes, byte)); // none: as in `copy_now`
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8_v2(to: u64, byte: u8, len_bytes: usize) -> u32 {
-    fill(to, byte, len_bytes, &Call::Synchronous { waits: false })
+    answer(|| fill(to, byte, len_bytes, &Call::Synchronous { waits: false }))
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8Async(to: u64, byte: u8, len_bytes: usize, stream: u64) -> u32 {
-    fill(to, byte, len_bytes, &Call::Async(stream))
+    answer(|| fill(to, byte, len_bytes, &Call::Async(stream)))
 }

@@ -67,23 +67,21 @@ fn copy_text(text: &str, to: *mut c_char, len_bytes: c_int) -> Result<()> {
 }
 
 /// The same machine gives the same identifiers in every process.
-fn uuid(number: c_int, out: &Out<[u8; 16]>) -> u32 {
-    answer(|| {
-        device::device(number)?;
-        let mut uuid = *b"annulus-vgpu-000";
-        uuid[12..].copy_from_slice(&(number as u32).to_be_bytes());
-        out.give(uuid)
-    })
+fn uuid(number: c_int, out: &Out<[u8; 16]>) -> Result<()> {
+    device::device(number)?;
+    let mut uuid = *b"annulus-vgpu-000";
+    uuid[12..].copy_from_slice(&(number as u32).to_be_bytes());
+    out.give(uuid)
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetUuid(out: Out<[u8; 16]>, number: c_int) -> u32 {
-    uuid(number, &out)
+    answer(|| uuid(number, &out))
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetUuid_v2(out: Out<[u8; 16]>, number: c_int) -> u32 {
-    uuid(number, &out)
+    answer(|| uuid(number, &out))
 }
 
 #[unsafe(no_mangle)]
