@@ -81,6 +81,13 @@ struct FaultRecord {
 enum Reason : uint32_t { FAULT_LATE = LATE, FAULT_ABORTED = ABORTED, FAULT_MISMATCH = 3 };
 enum Awaited : uint32_t { GREETING = 0, DATA = 1, CREDIT = 2 };
 
+// What a rank tells the streams of a peer, in memory of the host: counts that only grow. In the order of Awaited.
+struct Signals {
+  uint32_t greeted;  // operations
+  uint32_t sent;     // transfers of this link
+  uint32_t taken;
+};
+
 struct RankArguments {
   unsigned char* input;        // where element 0 of the whole vector is or would be
   unsigned char* output;       // likewise
@@ -94,6 +101,7 @@ struct RankArguments {
   double* squares;             // [channels]; or null
   double* sum_squares;         // of the finished chunks' elements; written at the end if `squares` is there
   uint32_t* found_nonfinite;   // or null
+  Signals* const* signals;     // [world_size], at the peers; or null: the kernel is the whole operation
   uint32_t len_steps;
   uint32_t rank;
 };
@@ -106,6 +114,7 @@ struct Arguments {
   uint64_t slot_bytes;
   uint64_t timeout_ns;
   double factor;
+  uint64_t first_round;  // rounds [first_round, rounds) are run
   uint32_t world_size;
   uint32_t channels;
   uint32_t slots;
@@ -114,6 +123,8 @@ struct Arguments {
   uint32_t native_partials;
   uint32_t descriptor;
   uint32_t cast_dtype;
+  uint32_t opens;   // 1: this kernel begins the operation
+  uint32_t closes;  // 1: and ends it
   RankArguments ranks[MAX_RANKS_IN_GRID];
 };
 
@@ -126,6 +137,7 @@ struct Block {
   uint32_t operation;
   uint32_t gave_up[2];  // before the next even or odd barrier; see `meet`
   uint32_t has_record;
+  uint32_t is_last;     // this block of the rank's
 };
 
 // Why a thread gave up; reason 0: it has not.

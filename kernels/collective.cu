@@ -22,6 +22,10 @@
 // or by the abort word; the first thread that gives up writes the block's fault record, and the block returns.
 // Counters live in device memory and only grow; so a captured graph can be replayed.
 //
+// An operation may also be cut into kernels, one that greets and one a step, for ranks whose kernels do not run at the same
+// time. Then each begins when its stream has seen in the host's memory that the peers are far enough (`tell`), so that no wait
+// in it lasts; one that finds the job aborted does nothing, and tells nothing.
+//
 // Cost per rank of S bytes, N ranks: all-reduce 2(N-1)/N S over the link each way (ring of f32 partials for 16-bit elements
 // 1.5 times that), and in local memory reads of S and writes of S besides the staging. See src/schedule/mod.rs.
 // Sources: Patarasuk & Yuan 2009 (ring); NCCL src/device/prims_simple.h and prims_ll.h (fused steps, two protocols).
@@ -88,7 +92,7 @@ struct Run {
 
   // Tells every peer what this rank is about to do. One block greets for all.
   __device__ __forceinline__ void greet() {
-    if (channel.number != 0) return;
+    if (channel.number != 0 || !arguments.opens) return;
     const uint32_t generation = block.operation + 1;
     for (uint32_t peer = threadIdx.x; peer < arguments.world_size; peer += blockDim.x) {
       if (peer == mine.rank) continue;
@@ -184,7 +188,8 @@ struct Run {
 
   // ---- the whole operation ---------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void begin() {
+  // False: there is nothing to do.
+  __device__ __forceinline__ bool begin() {
     for (uint32_t peer = threadIdx.x; peer < arguments.world_size; peer += blockDim.x) {
       block.links[peer] = mine.links[peer];
       if (peer != mine.rank) block.progress[peer] = mine.links[peer].progress[channel.number];
@@ -193,9 +198,10 @@ struct Run {
     for (uint32_t i = threadIdx.x; i < mine.len_steps; i += blockDim.x) block.steps[i] = mine.steps[i];
     if (threadIdx.x == 0) {
       block.operation = mine.state->operation;
-      block.gave_up[0] = block.gave_up[1] = block.has_record = 0;
+      block.gave_up[1] = block.has_record = 0;
+      block.gave_up[0] = mine.signals != nullptr && peek(mine.abort) != 0;
     }
-    __syncthreads();
+    return meet();
   }
 
   // The counters go back to memory; the last block closes the operation.
@@ -205,8 +211,10 @@ struct Run {
       if (peer != mine.rank) block.links[peer].progress[channel.number] = block.progress[peer];
     }
     if (mine.squares != nullptr) move.sum_squares();
+    if (mine.signals != nullptr) __syncthreads();  // the counters are read by another block
     if (threadIdx.x == 0) {
-      if (is_last_in(&mine.state->blocks, arguments.channels)) {
+      block.is_last = is_last_in(&mine.state->blocks, arguments.channels);
+      if (block.is_last && arguments.closes) {
         mine.state->operation = block.operation + 1;
         if (mine.squares != nullptr) {
           double sum = 0;
@@ -216,18 +224,33 @@ struct Run {
         if (mine.finished != nullptr) post(mine.finished, block.operation + 1);
       }
     }
+    if (mine.signals == nullptr) return;
+    __syncthreads();
+    if (block.is_last) tell();
+  }
+
+  // Tells the peers' streams how far this rank is. By its last block, which has observed what the others did.
+  __device__ __forceinline__ void tell() {
+    for (uint32_t peer = threadIdx.x; peer < arguments.world_size; peer += blockDim.x) {
+      if (peer == mine.rank) continue;
+      const Progress all = block.links[peer].progress[0];  // channel 0 takes part in every step
+      Signals* signals = mine.signals[peer];
+      post(&signals->greeted, block.operation + 1);
+      post(&signals->taken, all.taken);
+      post(&signals->sent, all.sent);
+    }
   }
 
   __device__ __forceinline__ void operate() {
-    begin();
+    if (!begin()) return;
     greet();
     bool has_agreed = false;
-    for (uint64_t round = 0; round < arguments.rounds; ++round) {
+    for (uint64_t round = arguments.first_round; round < arguments.rounds; ++round) {
       for (uint32_t i = 0; i < mine.len_steps; ++i) {
         if (!run(block.steps[i], round, has_agreed)) return report(block.steps[i], round);
       }
     }
-    if (!has_agreed) {
+    if (!has_agreed && arguments.closes) {
       agree();
       if (!meet()) return report({NOBODY, NOBODY, 0, INPUT, 0, 0, 0}, arguments.rounds);
     }

@@ -24,6 +24,8 @@ pub const MAX_COLLECTIVE_THREADS: u32 = 512;
 pub const MAX_STEPS: usize = 192;
 /// From one channel's flag to the next.
 pub const FLAG_STRIDE_BYTES: usize = 64;
+/// Numbers that a rank's kernels tell each peer's stream; one for each [`Awaited`].
+pub const SIGNALS: usize = 3;
 /// Stands for a peer where there is none.
 pub const NOBODY: u8 = 0xff;
 
@@ -249,13 +251,17 @@ pub struct RankArguments {
     pub sum_squares: u64,
     /// u32 set to 1 if one of those is infinite or NaN; or 0.
     pub found_nonfinite: u64,
+    /// `[world_size]` addresses of `[3]` u32 at the peers, in memory of the host, where their streams see how far this rank is:
+    /// operations greeted, transfers sent, transfers taken (in the order of [`Awaited`]). Or 0: the kernel is the whole
+    /// operation. Not with `squares`.
+    pub signals: u64,
     /// Entries of the step table, at most [`MAX_STEPS`].
     pub len_steps: u32,
     /// This rank.
     pub rank: u32,
 }
 
-const _: () = assert!(size_of::<RankArguments>() == 104 && offset_of!(RankArguments, len_steps) == 96);
+const _: () = assert!(size_of::<RankArguments>() == 112 && offset_of!(RankArguments, len_steps) == 104);
 
 /// The argument of `collective_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Zeroable, Pod)]
@@ -275,6 +281,8 @@ pub struct CollectiveArguments {
     pub timeout_ns: u64,
     /// Factor of a premultiplied sum.
     pub factor: f64,
+    /// The first round that is run; `rounds` is the one behind the last.
+    pub first_round: u64,
     /// Ranks of the group.
     pub world_size: u32,
     /// Blocks per rank.
@@ -291,11 +299,15 @@ pub struct CollectiveArguments {
     pub descriptor: u32,
     /// Code of the float type of `cast_output`: f32, f16 or bf16.
     pub cast_dtype: u32,
+    /// 1: the kernel begins the operation: it greets.
+    pub opens: u32,
+    /// 1: it ends the operation.
+    pub closes: u32,
     /// The ranks in the grid: one, or several in a cooperative launch.
     pub ranks: [RankArguments; MAX_RANKS_IN_GRID],
 }
 
-const _: () = assert!(offset_of!(CollectiveArguments, ranks) == 112 && size_of::<CollectiveArguments>() == 944);
+const _: () = assert!(offset_of!(CollectiveArguments, ranks) == 128 && size_of::<CollectiveArguments>() == 1024);
 
 /// Name of the entry for elements of `dtype`.
 pub const fn collective_entry(dtype: DType) -> &'static str {

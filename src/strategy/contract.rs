@@ -263,7 +263,7 @@ pub trait Strategy: Send {
     /// # Errors
     /// [`Error::InvalidArgument`] for a strategy on the host, and as [`backward`](Strategy::backward),
     /// [`clip_gradients_norm`](Strategy::clip_gradients_norm) and [`optimizer_step`](Strategy::optimizer_step);
-    /// [`Error::Capture`] for what a capture refuses.
+    /// [`Error::Capture`] for what a capture refuses, and where ranks share a device.
     ///
     /// # Synchronization
     /// Waits on the host for everything enqueued.

@@ -4,19 +4,22 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connect::{Connection, Meeting, Transport, together, upload};
+use super::cohort::Part;
+use super::connect::{Connection, Meeting, Runner, Transport, together};
 use super::geometry::{Plan, SLOTS};
+use super::leaver::Leaver;
 use super::page::Page;
 use super::records::Records;
-use crate::abi::collective::{
-    CollectiveArguments, RankArguments, RankState, Step, collective_entry, reduce_code, steps,
-};
+use super::stepped::{Site, Work};
+use super::tables::Tables;
+use super::way::Way;
+use crate::abi::collective::{CollectiveArguments, RankArguments, RankState, collective_entry, reduce_code};
 use crate::collective::communicator::claim_area;
 use crate::collective::descriptor::{Descriptor, Kind, Partials};
 use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Stream, View};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
-use crate::schedule::{Algorithm, Collective, Schedule};
+use crate::schedule::Algorithm;
 use crate::telemetry;
 use crate::world::flag::reached;
 use crate::world::{Outpost, Record, RecordId, Region, World};
@@ -26,6 +29,8 @@ use bytemuck::Zeroable;
 const GRACE: Duration = Duration::from_secs(5);
 /// Operations whose end is yet to be noted in the flight recorder, which itself keeps no more.
 const UNFINISHED: usize = 1024;
+/// Said of an operation that cannot be part of a graph.
+const NOT_CAPTURED: &str = "a collective of ranks that share a device";
 
 /// How a communicator works. Every rank passes the same.
 #[derive(Debug, Clone, Default)]
@@ -37,11 +42,13 @@ pub struct Options {
     /// Deadline of a wait for a peer; by default the world's.
     pub timeout: Option<Duration>,
     /// Most blocks of an operation: multiprocessors that it takes from what it overlaps with. By default a quarter of the
-    /// device's, 32 at most.
+    /// device's, 32 at most; fewer where ranks share devices and more would not run at the same time.
     pub channels: Option<u32>,
+    /// Force a way of running; by default it follows from the devices that the ranks are on, as [`Way`] says.
+    pub way: Option<Way>,
 }
 
-/// Collective operations among all ranks of a world, each on a device of its own, in one order.
+/// Collective operations among all ranks of a world, in one order. Ranks may share devices; see [`Way`].
 ///
 /// Every rank issues the same operations in the same order; before payload moves the kernels compare what was issued, and a
 /// difference is [`Error::Mismatch`] on every rank. Arguments that cannot be are refused before anything happens. After any
@@ -51,6 +58,11 @@ pub struct Options {
 /// A call returns once the operation is enqueued. It runs behind what was enqueued on the stream before, and behind the
 /// communicator's operations before it, also those on other streams. What went wrong in it is told by
 /// [`check`](Communicator::check) and [`synchronize`](Communicator::synchronize), and by every later call.
+///
+/// An operation can be captured in a graph where every rank has a device of its own ([`Way::Persistent`]), and not else.
+/// By [`Way::Cooperative`] a call first waits until the other ranks on the device have called, no longer than the timeout:
+/// ranks that share a device must issue the operations of all their communicators in the same order. By [`Way::Stepped`] a
+/// call may wait for room in the stream, as one that launches many kernels.
 pub struct Communicator {
     world: World,
     group: u32,
@@ -75,14 +87,22 @@ impl Communicator {
     /// in the same order as other constructors. It is made on every rank or on none.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] on every rank if two share a device or the world's group areas are used up;
+    /// [`Error::InvalidArgument`] on every rank if the way that is asked for cannot be, more than 8 ranks of a process are on
+    /// one device, or the world's group areas are used up;
     /// [`Error::NoSpace`] and what a driver says on a rank, and [`Error::RankFailed`] on the others; the world's fault.
     pub fn new(world: &World, kernels: &Kernels, options: Options) -> Result<Communicator> {
         let (group, region) = claim_area(world)?;
         let device = kernels.device();
         let timeout = options.timeout.unwrap_or(world.options().timeout);
-        let meeting =
-            Meeting { world, region, device, kernels, channels: options.channels, timeout: world.options().timeout };
+        let meeting = Meeting {
+            world,
+            region,
+            device,
+            kernels,
+            channels: options.channels,
+            way: options.way,
+            timeout: world.options().timeout,
+        };
         // From here on a failure gives the area back as a communicator does.
         let mut leaver = Leaver { world: world.clone(), group, region, leaves: true };
         let connection = meeting.connect()?;
@@ -135,6 +155,7 @@ impl Communicator {
         tracing::info!(
             rank = self.world.rank(),
             device = %self.device.uuid(),
+            way = ?connection.way,
             channels = connection.geometry.channels,
             peers_by_device_memory = count(|t| *t == Transport::Device),
             peers_by_host_memory = count(|t| *t != Transport::Device),
@@ -165,6 +186,11 @@ impl Communicator {
     /// How bytes travel between this rank and `peer`; `None` for the rank itself and for one that does not exist.
     pub fn transport(&self, peer: u32) -> Option<Transport> {
         self.connection.as_ref()?.transports.get(peer as usize).copied().flatten()
+    }
+
+    /// How the kernels of an operation come to run together.
+    pub fn way(&self) -> Way {
+        self.connection.as_ref().map_or(Way::Persistent, |connection| connection.way)
     }
 
     /// Reduces `view` in place: afterwards every rank holds the same reduction over all ranks.
@@ -237,7 +263,7 @@ impl Communicator {
         }
         match self.records.look() {
             None => Ok(()),
-            Some(error) => Err(self.world.raise(self.known_better(error))),
+            Some(error) => Err(self.world.raise(known_better(&self.world, error))),
         }
     }
 
@@ -250,14 +276,6 @@ impl Communicator {
         self.note_finished();
         self.check()?;
         done
-    }
-
-    /// A peer that did not come because it has left is lost, not late.
-    fn known_better(&self, error: Error) -> Error {
-        match &error {
-            Error::PeerStalled { rank, .. } => self.world.fault_of(*rank).unwrap_or(error),
-            _ => error,
-        }
     }
 
     // ---- issuing -----------------------------------------------------------------------------------------------------
@@ -316,6 +334,10 @@ impl Communicator {
             });
         }
         let Some(connection) = &self.connection else { return Ok(()) };
+        if connection.way != Way::Persistent {
+            // The host has a part in it.
+            stream.check_eager(NOT_CAPTURED)?;
+        }
         let plan = connection.geometry.plan(&call, self.world_size())?;
         let arguments = self.arguments(&call, &plan, connection, addresses);
         self.line_up(stream).map_err(|error| self.stopped(error))?;
@@ -324,12 +346,42 @@ impl Communicator {
         // SAFETY: the region is the group's, and `world` is alive.
         unsafe { Page::of(self.region, self.rank()) }.remember(&call);
         self.note_started(&call);
+        // SAFETY: arguments of this rank for `plan`, made just now.
+        unsafe { self.enqueue(call, &plan, arguments, stream) }.map_err(|error| self.stopped(error))
+    }
+
+    /// Gives the device what was lined up.
+    ///
+    /// # Safety
+    /// `arguments` are those of this rank for `plan`.
+    unsafe fn enqueue(
+        &mut self,
+        call: Descriptor,
+        plan: &Plan,
+        arguments: CollectiveArguments,
+        stream: &Stream,
+    ) -> Result<()> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
         let shape = Shape { blocks: plan.channels, threads: plan.threads, shared_bytes: 0, cooperative: false };
         // SAFETY: the arguments' own type. Tables, links, state and records live in `self`, which is not dropped before its
         // kernels have ended; links lead to staging that is mapped as long; the views' lengths were checked against the
         // descriptor, and freeing their memory waits for what uses it. Kernels of this communicator run one after another.
-        let launched = unsafe { self.kernels.launch(collective_entry(call.dtype()), shape, stream, &arguments) };
-        launched.map_err(|error| self.stopped(error))
+        unsafe {
+            match &mut connection.runner {
+                Runner::Alone => self.kernels.launch(collective_entry(call.dtype()), shape, stream, &arguments),
+                Runner::Together(cohort) => {
+                    let part = Part { call, arguments, arrived: self.order.clone() };
+                    let issued = cohort.issue(part, shape, (&self.kernels, stream), &self.world, self.timeout);
+                    issued.map_err(|error| self.world.raise(known_better(&self.world, error)))
+                }
+                Runner::Stepwise(stepper) => {
+                    let site = Site { world: &self.world, kernels: &self.kernels, stream, records: &self.records };
+                    let (_, table) = self.tables.of(&plan.schedule);
+                    let operation = call.sequence as u32;
+                    stepper.issue(&site, &Work { operation, dtype: call.dtype(), plan, arguments, table })
+                }
+            }
+        }
     }
 
     fn arguments(
@@ -339,7 +391,7 @@ impl Communicator {
         connection: &Connection,
         [input, output]: [u64; 2],
     ) -> CollectiveArguments {
-        let (table, len_steps) = self.tables.of(&plan.schedule);
+        let (steps, table) = self.tables.of(&plan.schedule);
         let mut arguments = CollectiveArguments {
             shards: plan.shards,
             rounds: plan.rounds,
@@ -356,18 +408,22 @@ impl Communicator {
             native_partials: u32::from(call.partials() == Partials::Native),
             descriptor: call.hash(),
             cast_dtype: 0,
+            first_round: 0,
+            opens: 1,
+            closes: 1,
             ranks: Zeroable::zeroed(),
         };
         arguments.ranks[0] = RankArguments {
             input,
             output,
             links: connection.links[plan.protocol as usize].address(),
-            steps: table,
+            steps,
             state: self.state.address(),
             abort: self.records.abort_address(),
             faults: self.records.faults_address(),
             finished: self.records.finished_address(),
-            len_steps,
+            signals: connection.signals.as_ref().map_or(0, Buffer::address),
+            len_steps: table.len() as u32,
             rank: self.rank(),
             ..RankArguments::zeroed()
         };
@@ -401,6 +457,15 @@ impl Communicator {
     }
 
     // ---- graphs ------------------------------------------------------------------------------------------------------
+
+    /// Refuses the capture of operations in a graph where the host has a part in them.
+    pub(crate) fn check_capture(&self) -> Result<()> {
+        if self.way() == Way::Persistent {
+            return Ok(());
+        }
+        let reason = format!("{:?}: the host has a part in every operation", self.way());
+        Err(Error::Capture { device: self.device.ordinal(), operation: NOT_CAPTURED, reason })
+    }
 
     /// Operations issued so far.
     pub(crate) fn sequence(&self) -> u64 {
@@ -457,6 +522,14 @@ impl Communicator {
     }
 }
 
+/// A peer that did not come because it has left is lost, not late.
+fn known_better(world: &World, error: Error) -> Error {
+    match &error {
+        Error::PeerStalled { rank, .. } => world.fault_of(*rank).unwrap_or(error),
+        _ => error,
+    }
+}
+
 fn check_like(what: &str, like: &View, other: &View, expected_elems: Option<usize>) -> Result<()> {
     if other.dtype() != like.dtype() {
         return Err(Error::DTypeMismatch { what: what.to_owned(), expected: like.dtype(), actual: other.dtype() });
@@ -482,68 +555,21 @@ impl std::fmt::Debug for Communicator {
     }
 }
 
-// ---- step tables -----------------------------------------------------------------------------------------------------
-
-/// The step tables of one rank, of every collective by every algorithm: they depend on nothing else.
-struct Tables {
-    memory: Buffer,
-    /// First step and number of steps.
-    places: Vec<(Collective, Algorithm, usize, u32)>,
-}
-
-impl Tables {
-    fn new(device: &Device, world: &World) -> Result<Tables> {
-        let (rank, world_size) = (world.rank(), world.world_size());
-        let mut all: Vec<Step> = Vec::new();
-        let mut places = Vec::new();
-        let others = [Collective::AllReduce, Collective::ReduceScatter, Collective::AllGather];
-        let collectives = others.into_iter().chain((0..world_size).map(|root| Collective::Broadcast { root }));
-        for collective in collectives {
-            for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-                let any = Schedule::new(collective, algorithm, world_size, world_size as usize, 1, 1)?;
-                let table = steps(&any, rank);
-                places.push((collective, algorithm, all.len(), table.len() as u32));
-                all.extend(table);
-            }
-        }
-        Ok(Tables { memory: upload(device, bytemuck::cast_slice(&all))?, places })
-    }
-
-    /// Address and length of the table for `schedule`; no steps where it has no rounds.
-    fn of(&self, schedule: &Schedule) -> (u64, u32) {
-        let wanted = (schedule.collective(), schedule.algorithm());
-        let place = self.places.iter().find(|(collective, algorithm, ..)| (*collective, *algorithm) == wanted);
-        place.map_or((0, 0), |(_, _, first, len_steps)| {
-            (self.memory.address() + (first * size_of::<Step>()) as u64, *len_steps)
-        })
-    }
-}
-
 // ---- leaving ---------------------------------------------------------------------------------------------------------
 
-/// A rank's part in a group's area, given back when the last rank leaves.
-struct Leaver {
-    world: World,
-    group: u32,
-    region: Region,
-    leaves: bool,
-}
-
-impl Drop for Leaver {
-    fn drop(&mut self) {
-        if !self.leaves {
-            return;
-        }
-        // SAFETY: the region is the group's, and `world` is alive.
-        let first = unsafe { Page::of(self.region, 0) };
-        // AcqRel: everything the others did to the area comes before it is given back.
-        let departed = first.departed.fetch_add(1, std::sync::atomic::Ordering::AcqRel) + 1;
-        if departed == self.world.world_size() && self.world.fault().is_none() {
-            // An area that cannot be given back is one fewer to use; nothing else depends on it.
-            if let Err(error) = self.world.release_group(self.group) {
-                tracing::warn!(%error, group = self.group, "could not give back a communicator's area");
+impl Communicator {
+    /// Ends all waits of the operations on `last`, again and again: where they run by steps, peers may still count. Whether
+    /// the stream came to its end.
+    fn abort(&self, last: &Stream) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < GRACE {
+            self.records.abort();
+            // A device that has failed runs nothing.
+            if !matches!(last.synchronize(Duration::from_millis(10)), Err(Error::Stream { .. })) {
+                return true;
             }
         }
+        false
     }
 }
 
@@ -561,15 +587,14 @@ impl Drop for Communicator {
                     break;
                 }
             }
-            if last.synchronize(Duration::ZERO).is_err() {
-                self.records.abort();
-                if let Err(error @ Error::Stream { .. }) = last.synchronize(GRACE) {
-                    // Kernels may still run: nothing that they use may go.
-                    tracing::warn!(rank = self.rank(), %error, "a communicator's memory is kept for ever");
-                    std::mem::forget(self.connection.take());
-                    leaver.leaves = false;
-                    return;
-                }
+            if let Err(error @ Error::Stream { .. }) = last.synchronize(Duration::ZERO)
+                && !self.abort(&last)
+            {
+                // Kernels may still run: nothing that they use may go.
+                tracing::warn!(rank = self.rank(), %error, "a communicator's memory is kept for ever");
+                std::mem::forget(self.connection.take());
+                leaver.leaves = false;
+                return;
             }
         }
         if let Some(connection) = self.connection.take() {

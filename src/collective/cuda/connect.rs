@@ -4,8 +4,11 @@
 //!   tell       device, channels wanted                          every rank
 //!   offer      own staging, zeroed                              (share.rs)
 //!   open       every peer's                                     a pair that cannot on both sides goes over the host
-//!   probe      every pair that could, in rounds of disjoint pairs; a pair that loses a word goes over the host
+//!   probe      every pair of devices that could, in rounds; a pair that loses a word goes over the host
 //! ```
+//! The first rank on a device probes for all that share it, because probes wait for each other like collectives do; inside of
+//! one device there is nothing to lose.
+//!
 //! Every phase ends with all ranks knowing whether all of them got through it, so a communicator is made on every rank or on
 //! none.
 
@@ -13,15 +16,21 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
+use super::cohort::Cohort;
 use super::geometry::{Geometry, PAGE_BYTES};
+use super::offers::OnOffer;
 use super::page::Page;
 use super::share::Offer;
-use crate::abi::collective::{Link as Addresses, Progress, Protocol};
+use super::stepped::Stepper;
+use super::way::{Hello, Layout, Way};
+use crate::abi::collective::{
+    Awaited, Link as Addresses, MAX_COLLECTIVE_THREADS, Progress, Protocol, collective_entry,
+};
 use crate::device::cuda::{
-    Arena, Buffer, Device, HostRange, Kernels, Link, PeerArena, Priority, ProbeArea, Sharing, Stream, Uuid,
+    Arena, Buffer, Device, HostRange, Kernels, Link, PeerArena, Priority, ProbeArea, Sharing, Stream,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -42,13 +51,27 @@ pub enum Transport {
     Host(Link),
 }
 
+/// Who starts the kernels of an operation.
+pub(super) enum Runner {
+    /// This rank: one kernel.
+    Alone,
+    /// The ranks on its device: one for all.
+    Together(Cohort),
+    /// This rank: one a step.
+    Stepwise(Stepper),
+}
+
 /// Everything that a rank's kernels need to reach the others.
 pub(super) struct Connection {
     pub(super) geometry: Geometry,
+    pub(super) way: Way,
+    pub(super) runner: Runner,
     /// By rank; the own is `None`.
     pub(super) transports: Vec<Option<Transport>>,
     /// `[world_size]` [`Addresses`] of either protocol.
     pub(super) links: [Buffer; 2],
+    /// By steps, `[world_size]` addresses of what this rank tells its peers.
+    pub(super) signals: Option<Buffer>,
     /// Counters, which only the own kernels touch.
     _progress: Buffer,
     /// Memory of others.
@@ -76,12 +99,6 @@ impl Connection {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-}
-
-#[derive(Serialize, Deserialize)]
-struct Hello {
-    uuid: [u8; 16],
-    channels: u32,
 }
 
 /// Every rank's `value`, in rank order.
@@ -115,6 +132,7 @@ pub(super) struct Meeting<'a> {
     pub(super) device: &'a Device,
     pub(super) kernels: &'a Kernels,
     pub(super) channels: Option<u32>,
+    pub(super) way: Option<Way>,
     pub(super) timeout: Duration,
 }
 
@@ -130,43 +148,62 @@ impl Meeting<'_> {
     }
 
     pub(super) fn connect(&self) -> Result<Connection> {
-        let geometry = self.tell()?;
+        let layout = self.tell()?;
         if self.world.world_size() == 1 {
-            return self.link(geometry, Vec::new(), None, None);
+            return self.link(&layout, Vec::new(), None, None, false);
         }
         let sharing = self.sharing()?;
-        let staging = together(self.world, self.stage(geometry, sharing), self.timeout)?;
+        let staging = together(self.world, self.stage(layout.geometry, sharing), self.timeout)?;
         let (offer, behind) = together(self.world, self.offer(&staging), self.timeout)?;
         let offers = gather(self.world, &offer, self.timeout)?;
         let opened = self.open(&offers, &behind)?;
-        let transports = self.probe(&offers, &opened, staging.areas)?;
+        let transports = self.probe(&layout, &offers, &opened, staging.areas)?;
         drop(behind);
         let own = transports[self.world.rank() as usize].clone();
         let needs_host = |all: &Vec<Option<Transport>>| all.iter().flatten().any(|t| matches!(t, Transport::Host(_)));
-        let host = if transports.iter().any(needs_host) { Some(self.register()) } else { None };
+        let slots_on_host = transports.iter().any(needs_host);
+        let host = if slots_on_host || layout.way == Way::Stepped { Some(self.register()) } else { None };
         let host = together(self.world, host.transpose(), self.timeout)?;
-        let connection = self.link(geometry, own, Some((staging.arena, opened)), host);
-        together(self.world, connection, self.timeout)
+        let connection = self.link(&layout, own, Some((staging.arena, opened)), host, slots_on_host);
+        let mut connection = together(self.world, connection, self.timeout)?;
+        if layout.way == Way::Cooperative {
+            connection.runner = self.cohort(&layout)?.map_or(Runner::Alone, Runner::Together);
+        }
+        Ok(connection)
     }
 
-    /// Agrees on channels, and that every rank has a device of its own.
-    fn tell(&self) -> Result<Geometry> {
-        let multiprocessors = together(self.world, self.device.len_multiprocessors(), self.timeout)?;
+    /// Agrees on channels and on the way of running.
+    fn tell(&self) -> Result<Layout> {
+        let able = self.device.len_multiprocessors().and_then(|len| Ok((len, self.resident_blocks()?)));
+        let (multiprocessors, resident_blocks) = together(self.world, able, self.timeout)?;
         let wanted = Geometry::on_device(multiprocessors, self.channels);
-        let hello = Hello { uuid: self.device.uuid().0, channels: wanted.channels };
+        let uuid = self.device.uuid().0;
+        let hello = Hello { uuid, channels: wanted.channels, resident_blocks, way: self.way };
         let hellos = gather(self.world, &hello, self.timeout)?;
-        for (first, second) in self.ranks().flat_map(|second| (0..second).map(move |first| (first, second))) {
-            let uuid = hellos[first as usize].uuid;
-            if uuid == hellos[second as usize].uuid {
-                return Err(Error::InvalidArgument {
-                    argument: "devices of the ranks",
-                    value: format!("ranks {first} and {second} share {}", Uuid(uuid)),
-                    accepted: "every rank must have a device of its own",
-                });
-            }
-        }
-        let channels = hellos.iter().map(|hello| hello.channels).min().unwrap_or(1).max(1);
-        Ok(wanted.with_channels(channels))
+        Layout::new(&hellos, self.is_one_process(), wanted)
+    }
+
+    /// Blocks of any collective that the device holds at a time.
+    fn resident_blocks(&self) -> Result<u32> {
+        let of = |dtype: DType| self.kernels.resident_blocks(collective_entry(dtype), MAX_COLLECTIVE_THREADS);
+        DType::ALL.into_iter().try_fold(u32::MAX, |least, dtype| Ok(least.min(of(dtype)?)))
+    }
+
+    /// The ranks that share this one's device: its leader's cohort is that of all.
+    fn cohort(&self, layout: &Layout) -> Result<Option<Cohort>> {
+        let rank = self.world.rank();
+        let own = Cohort::new(self.device, layout.on_device_of(rank).collect());
+        let own = together(self.world, own, self.timeout)?;
+        let offer = OnOffer::new(&own);
+        let numbers = gather(self.world, &offer.number(), self.timeout)?;
+        let leaders = numbers.get(layout.leader(rank) as usize).copied().and_then(OnOffer::take_up::<Cohort>);
+        let found = leaders.ok_or_else(|| Error::RankFailed {
+            rank: layout.leader(rank),
+            reason: "what it offers to the ranks on its device is not there".to_owned(),
+        });
+        // The offer stays until everybody has taken it up.
+        let cohort = together(self.world, found, self.timeout)?;
+        Ok((layout.on_device_of(rank).count() > 1).then_some(cohort))
     }
 
     /// One block of staging for every rank (the own stays unused), then an area to probe with for every rank.
@@ -188,6 +225,7 @@ impl Meeting<'_> {
     /// The transport between any two ranks: `[rank][peer]`, the same on both sides.
     fn probe(
         &self,
+        layout: &Layout,
         offers: &[Offer],
         opened: &[Option<PeerArena>],
         mut areas: Vec<ProbeArea>,
@@ -195,14 +233,15 @@ impl Meeting<'_> {
         let (world, rank, world_size) = (self.world, self.world.rank(), self.world.world_size());
         let reached: Vec<bool> = opened.iter().map(Option::is_some).collect();
         let reached = gather(world, &reached, self.timeout)?;
+        let reaches = |a: u32, b: u32| reached[a as usize][b as usize] && reached[b as usize][a as usize];
         let stream = together(world, Stream::new(self.device, "probe", Priority::High), self.timeout)?;
         let mut found: Vec<Option<Link>> = self.ranks().map(|peer| (peer != rank).then_some(Link::NoAccess)).collect();
         // In round k the ranks a and k - a are a pair.
         for round in 0..world_size {
             let peer = (round + world_size - rank) % world_size;
-            let both = reached[rank as usize][peer as usize] && reached[peer as usize][rank as usize];
+            let are_leaders = [rank, peer].iter().all(|rank| layout.leader(*rank) == *rank);
             let link = match &opened[peer as usize] {
-                Some(arena) if both => {
+                Some(arena) if are_leaders && reaches(rank, peer) => {
                     let area = &mut areas[peer as usize];
                     let theirs = offers[peer as usize].probe_offset_bytes(rank);
                     let started = area.start(self.kernels, &stream, arena, theirs, (rank, peer), PROBE_PATIENCE);
@@ -216,15 +255,18 @@ impl Meeting<'_> {
         }
         let codes: Vec<Option<(u32, u64, u64)>> = found.iter().map(|link| link.map(encode)).collect();
         let all = gather(world, &codes, self.timeout)?;
-        let pair = |a: usize, b: usize| -> Option<Transport> {
-            let [one, other] = [all[a].get(b)?.map(decode)?, all[b].get(a)?.map(decode)?];
-            Some(match (one, other) {
-                (Link::Sound, Link::Sound) => Transport::Device,
-                (Link::Sound, worse) | (worse, _) => Transport::Host(worse),
-            })
+        // As `a` has found it, or its leader.
+        let side = |a: u32, b: u32| match [a, b].map(|rank| layout.leader(rank)) {
+            _ if !reaches(a, b) => Link::NoAccess,
+            [of_a, of_b] if of_a == of_b => Link::Sound,
+            [of_a, of_b] => all[of_a as usize][of_b as usize].map_or(Link::NoAccess, decode),
         };
-        let world_size = world_size as usize;
-        Ok((0..world_size).map(|a| (0..world_size).map(|b| pair(a, b)).collect()).collect())
+        let pair = |a: u32, b: u32| match (side(a, b), side(b, a)) {
+            _ if a == b => None,
+            (Link::Sound, Link::Sound) => Some(Transport::Device),
+            (Link::Sound, worse) | (worse, _) => Some(Transport::Host(worse)),
+        };
+        Ok(self.ranks().map(|a| self.ranks().map(|b| pair(a, b)).collect()).collect())
     }
 
     /// The group's area of the host, for the device.
@@ -236,13 +278,16 @@ impl Meeting<'_> {
 
     fn link(
         &self,
-        geometry: Geometry,
+        layout: &Layout,
         transports: Vec<Option<Transport>>,
         device: Option<(Arena, Vec<Option<PeerArena>>)>,
         host: Option<HostRange>,
+        slots_on_host: bool,
     ) -> Result<Connection> {
         let (rank, world_size) = (self.world.rank(), self.world.world_size());
-        let geometry = if host.is_some() { geometry.on_host(world_size) } else { geometry };
+        let (geometry, way) = (layout.geometry, layout.way);
+        let geometry = if slots_on_host { geometry.on_host(world_size) } else { geometry };
+        let geometry = if way == Way::Stepped { geometry.in_steps() } else { geometry };
         let peer_bytes = geometry.peer_bytes();
         let one_progress = u64::from(geometry.channels) * size_of::<Progress>() as u64;
         let progress_bytes = usize::try_from(2 * u64::from(world_size) * one_progress).unwrap_or(usize::MAX);
@@ -275,7 +320,18 @@ impl Meeting<'_> {
             upload(self.device, bytemuck::cast_slice(&links))
         };
         let links = [table(Protocol::Bulk)?, table(Protocol::Words)?];
-        Ok(Connection { geometry, transports, links, _progress: progress, peers, host, staging })
+        let (signals, runner) = match &host {
+            Some(host) if way == Way::Stepped => {
+                let page = |owner: u32| host.address() + (owner as usize * GROUP_AREA_BYTES) as u64;
+                let of_rank = Page::signal_offset_bytes(rank, Awaited::Greeting as u32) as u64;
+                let signals: Vec<u64> = self.ranks().map(|peer| page(peer) + of_rank).collect();
+                let signals = upload(self.device, bytemuck::cast_slice(&signals))?;
+                (Some(signals), Runner::Stepwise(Stepper::new(page(rank), world_size)))
+            }
+            _ => (None, Runner::Alone),
+        };
+        let _progress = progress;
+        Ok(Connection { geometry, way, runner, transports, links, signals, _progress, peers, host, staging })
     }
 }
 

@@ -43,6 +43,8 @@ pub(super) struct Geometry {
     pub(super) channels: u32,
     bulk_slot_bytes: u64,
     words_slot_bytes: u64,
+    /// The longest vector that travels as words.
+    words_limit_bytes: u64,
 }
 
 impl Geometry {
@@ -53,7 +55,13 @@ impl Geometry {
             channels: channels.min(allowed_channels.unwrap_or(MAX_CHANNELS)).max(1),
             bulk_slot_bytes: BULK_SLOT_BYTES + SLACK_BYTES,
             words_slot_bytes: 2 * (WORDS_SLOT_BYTES + SLACK_BYTES),
+            words_limit_bytes: WORDS_LIMIT_BYTES,
         }
+    }
+
+    /// The same for operations that run by steps, where flags cost nothing: everything travels in bulk.
+    pub(super) fn in_steps(self) -> Geometry {
+        Geometry { words_limit_bytes: 0, ..self }
     }
 
     /// The same with other channels.
@@ -69,7 +77,7 @@ impl Geometry {
         let flags = 4 * FLAG_STRIDE_BYTES as u64;
         let slot = (budget / channels - flags) / u64::from(SLOTS) - words_slot_bytes;
         let bulk_slot_bytes = (slot / 16 * 16).min(self.bulk_slot_bytes);
-        Geometry { channels: channels as u32, bulk_slot_bytes, words_slot_bytes }
+        Geometry { channels: channels as u32, bulk_slot_bytes, words_slot_bytes, ..self }
     }
 
     fn slot_bytes(&self, protocol: Protocol) -> u64 {
@@ -120,7 +128,8 @@ impl Geometry {
             _ => element_bytes,
         };
         let all = descriptor.len_elems.saturating_mul(element_bytes);
-        let protocol = if all <= WORDS_LIMIT_BYTES { Protocol::Words } else { Protocol::Bulk };
+        let protocol =
+            if all <= self.words_limit_bytes && self.words_limit_bytes > 0 { Protocol::Words } else { Protocol::Bulk };
         // `slot_bytes` backwards.
         let room = self.slot_bytes(protocol) / if protocol == Protocol::Words { 2 } else { 1 };
         let room_elems = (room / wire_bytes - 16) / 16 * 16;

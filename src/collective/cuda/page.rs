@@ -1,11 +1,14 @@
-//! What ranks tell each other on the host: the operations they issued, and that they have left. It lies at the begin of each
-//! rank's part of the group's area.
+//! What ranks tell each other on the host: the operations they issued, how far they are in one that runs by steps, and that
+//! they have left. It lies at the begin of each rank's part of the group's area.
 
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::geometry::PAGE_BYTES;
+use crate::abi::collective::SIGNALS;
 use crate::collective::descriptor::Descriptor;
-use crate::world::{GROUP_AREA_BYTES, Region};
+use crate::world::flag::reached;
+use crate::world::{GROUP_AREA_BYTES, MAX_RANKS, Region};
 
 /// Operations that are remembered. A stream takes about as many launches before the host waits.
 const REMEMBERED: usize = 1024;
@@ -18,7 +21,13 @@ pub(super) struct Page {
     /// Likewise: ranks that use the area no longer.
     pub(super) departed: AtomicU32,
     issued: [[AtomicU64; WORDS]; REMEMBERED],
+    /// Of each peer; written by its kernels.
+    signals: [Signals; MAX_RANKS as usize],
 }
+
+/// How far a peer is: `tell` in `kernels/collective.cu`.
+#[repr(C, align(64))]
+struct Signals([AtomicU32; SIGNALS]);
 
 const _: () = assert!(size_of::<Page>() <= PAGE_BYTES && size_of::<Descriptor>().is_multiple_of(8));
 
@@ -51,6 +60,28 @@ impl Page {
     pub(super) fn at(&self, sequence: u32) -> Option<Descriptor> {
         let found = read(&self.issued[sequence as usize % REMEMBERED]);
         (found.sequence > 0 && found.sequence as u32 == sequence).then_some(found)
+    }
+
+    // ---- how far peers are ---------------------------------------------------------------------------------------------
+
+    /// Where in a page `peer` tells how far it is; `awaited` is the code of an [`Awaited`](crate::abi::collective::Awaited).
+    pub(super) const fn signal_offset_bytes(peer: u32, awaited: u32) -> usize {
+        offset_of!(Page, signals) + peer as usize * size_of::<Signals>() + awaited as usize * size_of::<AtomicU32>()
+    }
+
+    /// What `peer` has told.
+    pub(super) fn signal(&self, peer: u32, awaited: u32) -> u32 {
+        // Acquire: what the peer's kernels did comes before, for kernels launched behind this load.
+        self.signals[peer as usize].0[awaited as usize].load(Ordering::Acquire)
+    }
+
+    /// Ends the waits of this rank's stream for `expected`.
+    pub(super) fn release(&self, peer: u32, awaited: u32, expected: u32) {
+        let signal = &self.signals[peer as usize].0[awaited as usize];
+        if !reached(signal.load(Ordering::Relaxed), expected) {
+            // Release: the abort word was set before.
+            signal.store(expected, Ordering::Release);
+        }
     }
 }
 

@@ -3,12 +3,14 @@
 //! ```text
 //!   host -> kernels   abort word: not 0 ends every wait
 //!   kernels -> host   operations finished;  [channel] fault record of a block that gave up
+//!   stream -> host    operation begun, where they run by steps
 //! ```
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::page::Page;
+use super::stepped::Waits;
 use crate::abi::collective::{Awaited, FaultRecord, Reason};
 use crate::device::cuda::{Device, Pinned};
 use crate::error::{Error, Result};
@@ -16,7 +18,8 @@ use crate::world::{Outpost, Region};
 
 const ABORT_AT: usize = 0;
 const FINISHED_AT: usize = 64;
-const FAULTS_AT: usize = 128;
+const BEGUN_AT: usize = 128;
+const FAULTS_AT: usize = 192;
 
 pub(super) struct Records {
     memory: Pinned,
@@ -29,6 +32,8 @@ pub(super) struct Records {
     issued: AtomicU32,
     /// Operations that had run when the monitor looked last, and how often it has found as many.
     seen: [AtomicU32; 2],
+    /// What the stream waits for, where operations run by steps.
+    waits: Waits,
 }
 
 /// Beats without the end of an operation after which one is stuck: longer than a rank needs to do what another waits for
@@ -47,7 +52,7 @@ impl Records {
     ) -> Result<Records> {
         let memory = Pinned::zeroed(device, FAULTS_AT + channels as usize * size_of::<FaultRecord>())?;
         let (issued, seen) = (AtomicU32::new(0), [const { AtomicU32::new(0) }; 2]);
-        Ok(Records { memory, channels, rank, region, timeout, issued, seen })
+        Ok(Records { memory, channels, rank, region, timeout, issued, seen, waits: Waits::default() })
     }
 
     pub(super) fn abort_address(&self) -> u64 {
@@ -56,6 +61,14 @@ impl Records {
 
     pub(super) fn finished_address(&self) -> u64 {
         self.memory.address() + FINISHED_AT as u64
+    }
+
+    pub(super) fn begun_address(&self) -> u64 {
+        self.memory.address() + BEGUN_AT as u64
+    }
+
+    pub(super) fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     pub(super) fn faults_address(&self) -> u64 {
@@ -95,6 +108,11 @@ impl Records {
         Some(bytemuck::cast::<[u32; size_of::<FaultRecord>() / 4], _>(words))
     }
 
+    /// The own page.
+    pub(super) fn own_page(&self) -> &Page {
+        self.page(self.rank)
+    }
+
     fn page(&self, rank: u32) -> &Page {
         // SAFETY: the promise made to `new`; ranks in records are those of this group's links.
         unsafe { Page::of(self.region, rank) }
@@ -105,7 +123,7 @@ impl Records {
         match Reason::from_code(record.reason)? {
             Reason::Aborted => None, // the job's fault says why
             Reason::Late => {
-                let issued = self.page(self.rank).at(record.operation);
+                let issued = self.own_page().at(record.operation);
                 Some(Error::PeerStalled {
                     rank: record.peer,
                     operation: issued.map_or_else(|| "an operation of a replayed graph".into(), |d| d.to_string()),
@@ -160,8 +178,9 @@ impl Outpost for Records {
     }
 
     fn abort(&self) {
-        // Relaxed: it publishes nothing.
+        // Relaxed: it publishes nothing; `release` orders it before what it writes.
         self.word(ABORT_AT).store(1, Ordering::Relaxed);
+        self.waits.release(self.own_page());
     }
 
     fn look(&self) -> Option<Error> {
@@ -171,6 +190,8 @@ impl Outpost for Records {
             .iter()
             .find(|record| record.reason == Reason::Mismatch as u32)
             .or_else(|| found.iter().find(|record| record.reason == Reason::Late as u32));
-        first.and_then(|record| self.describe(record))
+        let begun = self.word(BEGUN_AT).load(Ordering::Relaxed);
+        let overdue = || self.waits.overdue(self.own_page(), begun, self.timeout);
+        first.copied().or_else(overdue).and_then(|record| self.describe(&record))
     }
 }

@@ -8,13 +8,12 @@
 //!
 //! All ranks of a communicator share in one way. Neither descriptors nor handles are ever printed.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::connect::{Meeting, Staging, together};
+use super::offers::OnOffer;
 use crate::device::cuda::{Arena, Exported, PeerAccess, PeerArena, ProbeArea, Sharing, Token};
 use crate::error::{Error, Result};
 use crate::world::Launcher;
@@ -51,7 +50,7 @@ impl Offer {
 }
 
 impl Meeting<'_> {
-    fn is_one_process(&self) -> bool {
+    pub(super) fn is_one_process(&self) -> bool {
         self.world.environment().launcher == Launcher::Threads
     }
 
@@ -78,7 +77,7 @@ impl Meeting<'_> {
     pub(super) fn offer(&self, staging: &Staging) -> Result<(Offer, Behind)> {
         let (token, behind) = if self.is_one_process() {
             let here = OnOffer::new(&staging.arena);
-            (Offered::Here(here.0), Behind::Here(here))
+            (Offered::Here(here.number()), Behind::Here(here))
         } else {
             match staging.arena.export()?.token {
                 Token::Descriptor(descriptor) => (Offered::Descriptor, Behind::Descriptor(descriptor)),
@@ -126,40 +125,10 @@ impl Meeting<'_> {
     }
 
     fn take_up(&self, number: u64) -> Result<Option<PeerArena>> {
-        let Some(arena) = OnOffer::take_up(number) else { return Ok(None) };
+        let Some(arena) = OnOffer::take_up::<Arena>(number) else { return Ok(None) };
         if self.device.peer_access(arena.device())? == PeerAccess::None {
             return Ok(None);
         }
         PeerArena::of_this_process(self.device, &arena).map(Some)
-    }
-}
-
-// ---- arenas of ranks that are threads of this process ----------------------------------------------------------------
-
-/// Arenas on offer in this process, by number.
-static ON_OFFER: Mutex<(u64, Option<HashMap<u64, Arena>>)> = Mutex::new((0, None));
-
-/// An arena on offer, until it is dropped.
-pub(super) struct OnOffer(u64);
-
-impl OnOffer {
-    fn new(arena: &Arena) -> OnOffer {
-        let mut offers = ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner);
-        offers.0 += 1;
-        let number = offers.0;
-        offers.1.get_or_insert_default().insert(number, arena.clone());
-        OnOffer(number)
-    }
-
-    fn take_up(number: u64) -> Option<Arena> {
-        ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1.as_ref()?.get(&number).cloned()
-    }
-}
-
-impl Drop for OnOffer {
-    fn drop(&mut self) {
-        if let Some(offers) = &mut ON_OFFER.lock().unwrap_or_else(PoisonError::into_inner).1 {
-            offers.remove(&self.0);
-        }
     }
 }

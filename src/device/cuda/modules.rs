@@ -70,6 +70,29 @@ impl Kernels {
         self.0.len_multiprocessors
     }
 
+    /// Blocks of `threads` threads of the kernel called `name` that the whole device holds at a time, when it does nothing
+    /// else.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown kernel; what the driver says.
+    pub fn resident_blocks(&self, name: &str, threads: u32) -> Result<u32> {
+        let function = self.function(name)?;
+        self.0.device.bind()?;
+        let threads = i32::try_from(threads).unwrap_or(i32::MAX);
+        // SAFETY: a function of a loaded module, whose context is current.
+        let asked = unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads, 0) };
+        let blocks = self.0.device.check("cuOccupancyMaxActiveBlocksPerMultiprocessor", asked)?;
+        Ok(u32::try_from(blocks).unwrap_or(0).saturating_mul(self.0.len_multiprocessors))
+    }
+
+    fn function(&self, name: &str) -> Result<sys::CUfunction> {
+        self.0.functions.get(name).copied().ok_or_else(|| Error::InvalidArgument {
+            argument: "kernel",
+            value: name.to_owned(),
+            accepted: "must be one of this crate's kernels",
+        })
+    }
+
     /// Enqueues the kernel called `name`, whose one parameter is `arguments`.
     ///
     /// # Errors
@@ -83,12 +106,13 @@ impl Kernels {
     /// - Whatever else uses that memory is ordered with the kernel by the stream or by events, or is another side of the
     ///   kernel's own protocol.
     pub unsafe fn launch<T: Pod>(&self, name: &str, shape: Shape, stream: &Stream, arguments: &T) -> Result<()> {
-        let refuse = |argument, value: String, accepted| Err(Error::InvalidArgument { argument, value, accepted });
-        let Some(function) = self.0.functions.get(name) else {
-            return refuse("kernel", name.to_owned(), "must be one of this crate's kernels");
-        };
+        let function = self.function(name)?;
         if !stream.device().is_same(&self.0.device) {
-            return refuse("stream", stream.name().to_owned(), "must be of the device that the kernels are loaded on");
+            return Err(Error::InvalidArgument {
+                argument: "stream",
+                value: stream.name().to_owned(),
+                accepted: "must be of the device that the kernels are loaded on",
+            });
         }
         let access = stream.access()?;
         access.keep(self);
@@ -98,9 +122,9 @@ impl Kernels {
         // SAFETY: the driver copies the arguments before it returns; what they say is the caller's promise.
         let launched = unsafe {
             if cooperative {
-                result::launch_cooperative_kernel(*function, grid, block, shared_bytes, access.raw(), &mut parameters)
+                result::launch_cooperative_kernel(function, grid, block, shared_bytes, access.raw(), &mut parameters)
             } else {
-                result::launch_kernel(*function, grid, block, shared_bytes, access.raw(), &mut parameters)
+                result::launch_kernel(function, grid, block, shared_bytes, access.raw(), &mut parameters)
             }
         };
         self.0.device.check("cuLaunchKernel", launched)

@@ -124,6 +124,47 @@ impl Stream {
         until_ready(&self.0.device, &self.0.name, "cuStreamQuery", timeout, ask)
     }
 
+    /// Makes everything enqueued after this call run when the u32 at `address` has reached `value`, on the circle. No kernel
+    /// waits meanwhile, and neither does the host.
+    ///
+    /// # Errors
+    /// [`Error::Capture`] if the stream captures; what the driver says.
+    ///
+    /// # Safety
+    /// `address` is of a u32 that this device reaches, until the wait is over.
+    pub(crate) unsafe fn wait_value(&self, address: u64, value: u32) -> Result<()> {
+        let access = self.access()?;
+        access.check_eager("cuStreamWaitValue32")?;
+        let until = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as u32;
+        // SAFETY: a live stream; the address is the caller's promise.
+        let waits = unsafe { sys::cuStreamWaitValue32_v2(access.raw(), address, value, until) }.result();
+        self.0.device.check("cuStreamWaitValue32", waits)
+    }
+
+    /// Has `value` written to the u32 at `address` when everything enqueued before has run.
+    ///
+    /// # Errors
+    /// As [`wait_value`](Stream::wait_value).
+    ///
+    /// # Safety
+    /// `address` is of a u32 that this device reaches, until the stream has come there.
+    pub(crate) unsafe fn write_value(&self, address: u64, value: u32) -> Result<()> {
+        let access = self.access()?;
+        access.check_eager("cuStreamWriteValue32")?;
+        let flags = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
+        // SAFETY: a live stream; the address is the caller's promise.
+        let writes = unsafe { sys::cuStreamWriteValue32_v2(access.raw(), address, value, flags) }.result();
+        self.0.device.check("cuStreamWriteValue32", writes)
+    }
+
+    /// Refuses `operation`, which cannot be part of a graph, if the stream captures.
+    ///
+    /// # Errors
+    /// [`Error::Capture`] then; what the driver says.
+    pub(crate) fn check_eager(&self, operation: &'static str) -> Result<()> {
+        self.access()?.check_eager(operation)
+    }
+
     /// For enqueueing: makes the context current and locks the stream.
     ///
     /// # Errors

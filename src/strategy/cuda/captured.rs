@@ -52,6 +52,11 @@ impl CapturedStep {
 }
 
 impl DeviceBackend {
+    /// Refuses graphs where ranks share devices.
+    pub fn check_capture(&self) -> Result<()> {
+        self.communicator.check_capture()
+    }
+
     /// While `is_capturing`, the parts of a step have no time of their own.
     pub fn set_capturing(&mut self, is_capturing: bool) {
         self.watch.get_mut().is_paused = is_capturing;

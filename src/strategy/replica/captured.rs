@@ -19,6 +19,7 @@ impl Replica {
         gradients: &[GradientSource],
         clip: StepClip,
     ) -> Result<CapturedStep> {
+        self.on_device()?.check_capture()?;
         let compute = self.on_device()?.compute().clone();
         let write = &mut |sink: &mut GradSink<'_>| {
             gradients.iter().try_for_each(|source| sink.write_device(&source.parameter, &source.gradient, None))

@@ -1,5 +1,6 @@
 //! Kernel launches and the stream's own memory operations.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use annulus_vgpu::{Arguments, Launch, Options, run};
@@ -22,6 +23,9 @@ pub(crate) struct Shape {
 
 /// Instructions that the interpreter runs in a millisecond at most; turns the watchdog's time into a budget.
 const INSTRUCTIONS_PER_MS: u64 = 50_000;
+
+/// Whose turn it is, where kernels run one at a time.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// Blocks of `block_threads` threads and `shared_bytes` of shared memory, static and dynamic, that one multiprocessor holds
 /// at a time.
@@ -81,6 +85,7 @@ pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, paramete
             resident_blocks,
             ..Options::default()
         };
+        let _turn = SETTINGS.one_at_a_time.then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
         // Taken now: what was freed before the launch's turn is out of its reach.
         let mut view = View::of(number);
         match run(&[launch], &mut view, &options) {

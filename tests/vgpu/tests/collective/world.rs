@@ -211,6 +211,9 @@ impl World {
             native_partials: operation.native_partials.into(),
             descriptor: operation.descriptor,
             cast_dtype: epilogue.cast_dtype,
+            first_round: 0,
+            opens: 1,
+            closes: 1,
             ranks: Zeroable::zeroed(),
         };
         arguments.ranks[0] = RankArguments {
@@ -226,6 +229,7 @@ impl World {
             squares: epilogue.squares,
             sum_squares: epilogue.sum_squares,
             found_nonfinite: epilogue.found_nonfinite,
+            signals: 0,
             len_steps: table.len() as u32,
             rank,
         };

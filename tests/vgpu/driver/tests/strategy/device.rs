@@ -5,7 +5,7 @@ use annulus::strategy::{
     Accelerator, AdamW, GradSink, GradientSource, Module, Nonfinite, OptimizerSpec, Parameter, Piece, Precision, Sgd,
     StepClip, Strategy, StrategyOptions, UpdateRule,
 };
-use annulus::{DType, NormType, ReduceOp};
+use annulus::{DType, Error, NormType, ReduceOp};
 
 use crate::model::{Loss, Mlp, Sample, TIMEOUT, WORLDS, bits, ddp, everywhere, options, run_in, samples};
 
@@ -70,6 +70,32 @@ fn a_device_gives_the_bits_of_the_host() {
                 assert_eq!(host, device, "{precision} on {world_size} ranks, rule {rule}");
             }
         }
+    }
+}
+
+/// All ranks on device 0, by request: they launch together. A step cannot be a graph then, which is said before anything is
+/// done.
+#[test]
+fn ranks_that_share_a_device_give_the_bits_of_the_host() {
+    let data = samples(24);
+    for world_size in [2, 3] {
+        let run = |accelerator| {
+            ddp(world_size, on(accelerator, Precision::Bf16Mixed), |strategy| {
+                let mut strategy: Box<dyn Strategy> = Box::new(strategy);
+                let result = train(&mut strategy, AdamW::new(1e-2).into(), &data);
+                if accelerator != Accelerator::Host {
+                    let model = Mlp::set_up(&mut strategy);
+                    let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(1e-2).into()).unwrap();
+                    let clip = StepClip { max_norm: 0.5, norm_type: NormType::L2, nonfinite: Nonfinite::SkipStep };
+                    let refused = strategy.capture_step(&model, &mut optimizer, &[], clip).unwrap_err();
+                    assert!(matches!(refused, Error::Capture { .. }), "{refused:?}");
+                    strategy.barrier("nothing was done").unwrap();
+                }
+                strategy.teardown(TIMEOUT).unwrap();
+                result
+            })
+        };
+        assert_eq!(run(Accelerator::Host), run(Accelerator::Cuda(Some(0))), "{world_size} ranks");
     }
 }
 

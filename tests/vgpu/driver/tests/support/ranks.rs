@@ -1,5 +1,7 @@
 //! Ranks with devices, buffers with canaries, inputs.
 
+#![allow(dead_code, reason = "every test file uses a part of it")]
+
 use std::time::Duration;
 
 use annulus::Element;
@@ -22,7 +24,10 @@ pub struct Rank {
 
 impl Rank {
     pub fn join(environment: Environment) -> Rank {
-        let device = environment.rank;
+        Rank::on(environment.rank, environment)
+    }
+
+    pub fn on(device: u32, environment: Environment) -> Rank {
         // Interpreted kernels keep the cores busy, and the monitors with them from beating.
         let options = WorldOptions { timeout: PATIENCE, heartbeat_limit: None, ..WorldOptions::default() };
         Rank::on_device(device, environment, options)

@@ -1,0 +1,143 @@
+//! Who makes ranks that share a device progress together: chosen once, from where the ranks are.
+//!
+//! A kernel that waits for another one only ends if both run at the same time. CUDA promises that of kernels on devices of
+//! their own and of the blocks of one cooperative grid, and of nothing else on one device: streams of a process may share a
+//! hardware queue, and processes take turns.
+
+use serde::{Deserialize, Serialize};
+
+use super::geometry::Geometry;
+use crate::abi::collective::MAX_RANKS_IN_GRID;
+use crate::device::cuda::Uuid;
+use crate::error::{Error, Result};
+
+/// How the kernels of an operation come to run together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Way {
+    /// Every rank has a device of its own and one kernel for the whole operation, which waits for the peers.
+    Persistent,
+    /// Ranks are threads of one process. Those on one device, at most 8, are one cooperative grid: whoever issues an
+    /// operation waits on the host until the others on its device have issued it, too.
+    Cooperative,
+    /// A kernel for each step of the schedule, which begins when the stream has seen that the peers have done their parts; no
+    /// kernel waits. For processes that share a device. Slower: a launch and some stream waits per step.
+    Stepped,
+}
+
+/// What a rank says of itself.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Hello {
+    pub(super) uuid: [u8; 16],
+    pub(super) channels: u32,
+    /// Blocks of a collective that the device holds at a time.
+    pub(super) resident_blocks: u32,
+    /// What the user asks for.
+    pub(super) way: Option<Way>,
+}
+
+/// Where the ranks are, and what follows from it. The same on every rank.
+pub(super) struct Layout {
+    pub(super) geometry: Geometry,
+    pub(super) way: Way,
+    devices: Vec<Uuid>,
+}
+
+impl Layout {
+    /// The layout of ranks that have said `hellos`, with channels for which there is room on every device.
+    pub(super) fn new(hellos: &[Hello], is_one_process: bool, geometry: Geometry) -> Result<Layout> {
+        let devices: Vec<Uuid> = hellos.iter().map(|hello| Uuid(hello.uuid)).collect();
+        let mut layout = Layout { geometry, way: Way::Persistent, devices };
+        layout.way = layout.choose(hellos, is_one_process)?;
+        let mut channels = u32::MAX;
+        for (rank, hello) in (0..).zip(hellos) {
+            let grid_ranks = if layout.way == Way::Cooperative { layout.on_device_of(rank).count() } else { 1 };
+            let room = hello.resident_blocks / grid_ranks as u32;
+            if grid_ranks > MAX_RANKS_IN_GRID || room == 0 {
+                return Err(Error::InvalidArgument {
+                    argument: "ranks of one process on a device",
+                    value: format!("{grid_ranks} on {}", Uuid(hello.uuid)),
+                    accepted: "must be at most 8, and as many blocks as the device holds at a time",
+                });
+            }
+            channels = channels.min(hello.channels).min(room);
+        }
+        layout.geometry = geometry.with_channels(channels.max(1));
+        Ok(layout)
+    }
+
+    fn choose(&self, hellos: &[Hello], is_one_process: bool) -> Result<Way> {
+        let ranks = 0..hellos.len() as u32;
+        let shared = ranks.clone().find(|rank| self.leader(*rank) != *rank);
+        let wanted = hellos.first().and_then(|hello| hello.way);
+        let refuse = |value: String, accepted| Err(Error::InvalidArgument { argument: "way", value, accepted });
+        if hellos.iter().any(|hello| hello.way != wanted) {
+            return refuse("not the same on every rank".to_owned(), "every rank must pass the same options");
+        }
+        match (wanted, shared) {
+            _ if hellos.len() == 1 => Ok(Way::Persistent),
+            (Some(Way::Persistent), Some(rank)) => refuse(
+                format!("persistent, and ranks {} and {rank} share a device", self.leader(rank)),
+                "every rank must have a device of its own",
+            ),
+            (Some(Way::Cooperative), _) if !is_one_process => {
+                refuse("cooperative".to_owned(), "ranks must be threads of one process")
+            }
+            (Some(way), _) => Ok(way),
+            (None, None) => Ok(Way::Persistent),
+            (None, Some(_)) if is_one_process => Ok(Way::Cooperative),
+            (None, Some(_)) => Ok(Way::Stepped),
+        }
+    }
+
+    /// The ranks on the device of `rank`, in order.
+    pub(super) fn on_device_of(&self, rank: u32) -> impl Iterator<Item = u32> {
+        let device = self.devices.get(rank as usize);
+        (0..).zip(&self.devices).filter(move |(_, other)| Some(*other) == device).map(|(other, _)| other)
+    }
+
+    /// The first rank on the device of `rank`, which tries links for all of them.
+    pub(super) fn leader(&self, rank: u32) -> u32 {
+        self.on_device_of(rank).next().unwrap_or(rank)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hellos(devices: &[u8], resident_blocks: u32, way: Option<Way>) -> Vec<Hello> {
+        devices.iter().map(|device| Hello { uuid: [*device; 16], channels: 32, resident_blocks, way }).collect()
+    }
+
+    fn layout(devices: &[u8], way: Option<Way>, is_one_process: bool) -> Result<Layout> {
+        Layout::new(&hellos(devices, 132, way), is_one_process, Geometry::on_device(132, None))
+    }
+
+    #[test]
+    fn the_way_follows_from_the_devices() {
+        for (devices, is_one_process, way, channels) in [
+            (&[1, 2, 3][..], true, Way::Persistent, 32),
+            (&[1, 2, 3], false, Way::Persistent, 32),
+            (&[1, 2, 1], true, Way::Cooperative, 32),
+            (&[1; 8], true, Way::Cooperative, 16),
+            (&[1, 2, 1], false, Way::Stepped, 32),
+        ] {
+            let found = layout(devices, None, is_one_process).unwrap();
+            assert_eq!((found.way, found.geometry.channels), (way, channels), "{devices:?}");
+        }
+        let leaders: Vec<u32> = (0..4).map(|rank| layout(&[7, 9, 9, 7], None, true).unwrap().leader(rank)).collect();
+        assert_eq!(leaders, [0, 1, 1, 0]);
+    }
+
+    #[test]
+    fn what_cannot_progress_is_refused() {
+        assert!(layout(&[1, 1], Some(Way::Persistent), true).is_err());
+        assert!(layout(&[1, 2], Some(Way::Cooperative), false).is_err());
+        assert!(layout(&[1; 9], None, true).is_err());
+        assert!(layout(&[1; 9], None, false).is_ok());
+        assert!(Layout::new(&hellos(&[1; 3], 2, None), true, Geometry::on_device(132, None)).is_err());
+        let mut differing = hellos(&[1, 2], 132, None);
+        differing[1].way = Some(Way::Stepped);
+        assert!(Layout::new(&differing, true, Geometry::on_device(132, None)).is_err());
+    }
+}

@@ -1,0 +1,245 @@
+//! Ranks that share a device: as threads, in one cooperative grid; and what each is told when something goes wrong.
+
+#[path = "support/operations.rs"]
+mod operations;
+#[path = "support/ranks.rs"]
+mod ranks;
+mod support;
+#[path = "../../../together/mod.rs"]
+mod together;
+
+use std::time::{Duration, Instant};
+
+use annulus::collective::cuda::{Communicator, Options, Transport, Way};
+use annulus::device::cuda::{Buffer, Priority, Stream};
+use annulus::schedule::{Algorithm, Collective};
+use annulus::world::launch;
+use annulus::{DType, Error, ReduceOp, reference};
+use half::bf16;
+use operations::{every_dtype, every_operation, reduced, ring};
+use ranks::{PATIENCE, Rank, inputs};
+use support::on_virtual_gpu;
+use together::Together;
+
+const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
+const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
+
+// ---- bits --------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn two_and_three_ranks_on_one_device_give_the_bits_of_the_reference() {
+    on_virtual_gpu("two_and_three_ranks_on_one_device_give_the_bits_of_the_reference", ONE, || {
+        for (world_size, len_elems) in [(2, 131), (3, 35)] {
+            launch::threads(world_size, |environment| {
+                let rank = Rank::on(0, environment);
+                every_dtype(&rank, &Options::default(), len_elems);
+                every_dtype(&rank, &ring(), len_elems);
+            })
+            .unwrap();
+        }
+    });
+}
+
+/// Two grids of two ranks each, which wait for each other; with and without memory that the other device reaches.
+#[test]
+fn four_ranks_on_two_devices_give_the_bits_of_the_reference() {
+    for peers in ["all", "none"] {
+        let variables = [TWO[0], ("ANNULUS_VGPU_PEERS", peers)];
+        on_virtual_gpu("four_ranks_on_two_devices_give_the_bits_of_the_reference", &variables, || {
+            let peers = std::env::var("ANNULUS_VGPU_PEERS").unwrap();
+            launch::threads(4, |environment| {
+                let rank = Rank::on(environment.rank % 2, environment);
+                for options in [Options::default(), ring()] {
+                    let algorithm = options.algorithm.unwrap_or(Algorithm::Direct);
+                    let mut communicator = rank.communicator(options);
+                    assert_eq!(communicator.way(), Way::Cooperative);
+                    for peer in (0..4).filter(|peer| *peer != rank.world.rank()) {
+                        let is_near = peer % 2 == rank.world.rank() % 2 || peers == "all";
+                        let by_device = communicator.transport(peer) == Some(Transport::Device);
+                        assert_eq!(by_device, is_near, "rank {} to {peer}", rank.number());
+                    }
+                    every_operation::<f32>(&rank, &mut communicator, algorithm, 65);
+                    every_operation::<bf16>(&rank, &mut communicator, algorithm, 7);
+                }
+            })
+            .unwrap();
+        });
+    }
+}
+
+/// As many as a grid holds, of which one device has the smaller part.
+#[test]
+fn ten_ranks_are_eight_on_one_device_and_two_on_another() {
+    on_virtual_gpu("ten_ranks_are_eight_on_one_device_and_two_on_another", TWO, || {
+        launch::threads(10, |environment| {
+            let device = u32::from(environment.rank >= 8);
+            let rank = Rank::on(device, environment);
+            every_operation::<f32>(&rank, &mut rank.communicator(Options::default()), Algorithm::Direct, 17);
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn long_vectors_take_several_rounds_and_streams_one_order() {
+    on_virtual_gpu("long_vectors_take_several_rounds_and_streams_one_order", ONE, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::on(0, environment);
+            let second = Stream::new(rank.kernels.device(), "second", Priority::Normal).unwrap();
+            let mut communicator = rank.communicator(Options::default());
+            for len_elems in [0, 1, 16_385, 100_003] {
+                let terms = inputs::<f32>(2, len_elems);
+                let buffer = rank.framed(&terms[rank.number()], 0);
+                communicator.all_reduce(&buffer.view, ReduceOp::Avg, &rank.stream).unwrap();
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &second).unwrap();
+                communicator.synchronize(PATIENCE).unwrap();
+                let average = reduced(&terms, ReduceOp::Avg, Algorithm::Direct, Collective::AllReduce);
+                let expected = reference::all_reduce(&[average.clone(), average], ReduceOp::Sum).unwrap();
+                buffer.check(&rank, &expected, &format!("{len_elems} elements twice"));
+            }
+        })
+        .unwrap();
+    });
+}
+
+// ---- what goes wrong ---------------------------------------------------------------------------------------------------
+
+fn soon(way: Option<Way>) -> Options {
+    Options { timeout: Some(Duration::from_millis(700)), way, ..Options::default() }
+}
+
+/// Why a call failed: a rank that is late finds that the job has failed already.
+fn cause(error: Error) -> Error {
+    match error {
+        Error::Poisoned { cause } => *cause,
+        error => error,
+    }
+}
+
+/// Afterwards every call is refused, and the device goes on.
+fn is_poisoned_and_usable(rank: &Rank, communicator: &mut Communicator) {
+    let late = rank.framed(&[1.0f32; 4], 0);
+    let poisoned = communicator.all_reduce(&late.view, ReduceOp::Sum, &rank.stream).unwrap_err();
+    assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
+    late.check(rank, &[1.0f32; 4], "a buffer of a refused call");
+    assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
+}
+
+#[test]
+fn a_rank_that_does_not_issue_is_named() {
+    on_virtual_gpu("a_rank_that_does_not_issue_is_named", ONE, || {
+        let seen = Together::new(3);
+        launch::threads(3, |environment| {
+            let rank = Rank::on(0, environment);
+            let mut communicator = rank.communicator(soon(None));
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            if rank.number() != 1 {
+                let error = cause(communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap_err());
+                assert!(matches!(error, Error::PeerStalled { rank: 1, sequence: 1, .. }), "{error:?}");
+                assert!(error.to_string().contains("all_reduce(100 x f32, sum)"), "{error}");
+                buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
+            }
+            seen.wait();
+            is_poisoned_and_usable(&rank, &mut communicator);
+        })
+        .unwrap();
+    });
+}
+
+/// The grid of device 0 runs and waits for a rank of device 1, where only one of two has issued.
+#[test]
+fn a_grid_that_waits_for_another_device_ends_with_the_job() {
+    on_virtual_gpu("a_grid_that_waits_for_another_device_ends_with_the_job", TWO, || {
+        let seen = Together::new(4);
+        launch::threads(4, |environment| {
+            let rank = Rank::on(environment.rank % 2, environment);
+            let mut communicator = rank.communicator(soon(None));
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            if rank.number() != 3 {
+                let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
+                let error = cause(issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err());
+                // The grid may be the first to lose patience: with either of the two that it misses.
+                assert!(matches!(error, Error::PeerStalled { rank: 1 | 3, sequence: 1, .. }), "{error:?}");
+                buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
+            }
+            seen.wait();
+            is_poisoned_and_usable(&rank, &mut communicator);
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_leaves_is_lost_to_those_who_wait_for_it() {
+    on_virtual_gpu("a_rank_that_leaves_is_lost_to_those_who_wait_for_it", ONE, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::on(0, environment);
+            let mut communicator = rank.communicator(Options::default());
+            communicator.barrier(&rank.stream).unwrap();
+            communicator.synchronize(PATIENCE).unwrap();
+            if rank.number() == 1 {
+                return;
+            }
+            let start = Instant::now();
+            let error = communicator.barrier(&rank.stream).unwrap_err();
+            assert!(matches!(error, Error::PeerLost { rank: 1, .. }), "{error:?}");
+            // It waits a moment for us to let go of its memory, and leaves then.
+            assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+            is_poisoned_and_usable(&rank, &mut communicator);
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_mismatch_on_a_device_or_between_devices_changes_nothing() {
+    on_virtual_gpu("a_mismatch_on_a_device_or_between_devices_changes_nothing", TWO, || {
+        // Rank 2 differs. It is alone on its device, or shares it with rank 0.
+        for devices in [1, 2, 3] {
+            let done = Together::new(3);
+            launch::threads(3, |environment| {
+                let device = if devices == 3 { u32::from(environment.rank == 2) } else { environment.rank % devices };
+                let rank = Rank::on(device, environment);
+                let mut communicator = rank.communicator(Options::default());
+                let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
+                let buffer = rank.framed(&elements, 0);
+                let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
+                let error = cause(issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err());
+                assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
+                let text = error.to_string();
+                for quoted in ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)", "rank 2"] {
+                    assert!(text.contains(quoted), "{text}");
+                }
+                done.wait();
+                buffer.check(&rank, &elements, "a buffer of a mismatched call");
+                is_poisoned_and_usable(&rank, &mut communicator);
+            })
+            .unwrap();
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_is_refused_on_every_rank_and_poisons_nothing() {
+    on_virtual_gpu("what_cannot_be_is_refused_on_every_rank_and_poisons_nothing", ONE, || {
+        launch::threads(9, |environment| {
+            let rank = Rank::on(0, environment);
+            for way in [None, Some(Way::Cooperative), Some(Way::Persistent)] {
+                let options = Options { way, ..Options::default() };
+                let refused = Communicator::new(&rank.world, &rank.kernels, options);
+                assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{way:?}: {refused:?}");
+            }
+            assert_eq!(rank.world.fault().map(|fault| fault.to_string()), None);
+        })
+        .unwrap();
+        launch::threads(2, |environment| {
+            let rank = Rank::on(0, environment);
+            let mut communicator = rank.communicator(Options::default());
+            let captured = rank.stream.capture(|| communicator.barrier(&rank.stream));
+            assert!(matches!(captured, Err(Error::Capture { .. })), "{captured:?}");
+            communicator.barrier(&rank.stream).unwrap();
+            communicator.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}

@@ -1,0 +1,296 @@
+//! Operations by steps: between processes that share a device, and, by request, between devices; and what each rank is told
+//! when something goes wrong.
+
+#[path = "support/operations.rs"]
+mod operations;
+#[path = "support/ranks.rs"]
+mod ranks;
+mod support;
+#[path = "../../../together/mod.rs"]
+mod together;
+
+use std::time::{Duration, Instant};
+
+use annulus::collective::cuda::{Communicator, Options, Transport, Way};
+use annulus::device::cuda::{Buffer, Priority, Stream};
+use annulus::schedule::{Algorithm, Collective};
+use annulus::world::{Environment, launch};
+use annulus::{DType, Error, ReduceOp};
+use half::bf16;
+use operations::{every_operation, reduced};
+use ranks::{PATIENCE, Rank, inputs};
+use support::{Peer, as_peer, listen, on_virtual_gpu, say};
+use together::Together;
+
+const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
+const THREE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "3")];
+const ALGORITHMS: [Algorithm; 2] = [Algorithm::Direct, Algorithm::Ring];
+
+fn stepped(algorithm: Algorithm) -> Options {
+    Options { algorithm: Some(algorithm), way: Some(Way::Stepped), ..Options::default() }
+}
+
+// ---- bits --------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn steps_on_three_devices_give_the_bits_of_the_reference() {
+    on_virtual_gpu("steps_on_three_devices_give_the_bits_of_the_reference", THREE, || {
+        launch::threads(3, |environment| {
+            let rank = Rank::join(environment);
+            for algorithm in ALGORITHMS {
+                let mut communicator = rank.communicator(stepped(algorithm));
+                assert_eq!(communicator.way(), Way::Stepped);
+                every_operation::<f32>(&rank, &mut communicator, algorithm, 35);
+                every_operation::<bf16>(&rank, &mut communicator, algorithm, 35);
+                every_operation::<i64>(&rank, &mut communicator, algorithm, 7);
+            }
+        })
+        .unwrap();
+    });
+}
+
+/// No kernel waits for another one: they may run one after another. Kernels that wait come to their deadline then.
+#[test]
+fn steps_need_no_two_kernels_at_a_time() {
+    let variables = [TWO[0], ("ANNULUS_VGPU_PEERS", "none"), ("ANNULUS_VGPU_ONE_AT_A_TIME", "true")];
+    on_virtual_gpu("steps_need_no_two_kernels_at_a_time", &variables, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            for algorithm in ALGORITHMS {
+                let mut communicator = rank.communicator(stepped(algorithm));
+                every_operation::<f32>(&rank, &mut communicator, algorithm, 35);
+            }
+        })
+        .unwrap();
+        let seen = Together::new(2);
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let options = Options { timeout: Some(Duration::from_millis(200)), ..Options::default() };
+            let mut communicator = rank.communicator(options);
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
+            let outcome = issued.and_then(|()| communicator.synchronize(PATIENCE));
+            seen.wait();
+            assert!(matches!(outcome, Err(Error::PeerStalled { .. })), "{outcome:?}");
+        })
+        .unwrap();
+    });
+}
+
+/// One rank alone has nobody to wait for, and runs as ever.
+#[test]
+fn one_rank_has_no_steps() {
+    on_virtual_gpu("one_rank_has_no_steps", TWO, || {
+        launch::threads(1, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(stepped(Algorithm::Direct));
+            assert_eq!(communicator.way(), Way::Persistent);
+            every_operation::<f32>(&rank, &mut communicator, Algorithm::Direct, 35);
+        })
+        .unwrap();
+    });
+}
+
+/// Several channels, of which short vectors leave some out, and several rounds; on two streams in one order; with slots in
+/// device memory and in memory of the host.
+#[test]
+fn long_vectors_take_several_channels_and_rounds() {
+    for peers in ["all", "none"] {
+        let variables = [TWO[0], ("ANNULUS_VGPU_PEERS", peers)];
+        on_virtual_gpu("long_vectors_take_several_channels_and_rounds", &variables, || {
+            let is_near = std::env::var("ANNULUS_VGPU_PEERS").unwrap() == "all";
+            launch::threads(2, |environment| {
+                let rank = Rank::join(environment);
+                let second = Stream::new(rank.kernels.device(), "second", Priority::Normal).unwrap();
+                for algorithm in ALGORITHMS {
+                    let mut communicator = rank.communicator(stepped(algorithm));
+                    let by_device = communicator.transport(1 - rank.world.rank()) == Some(Transport::Device);
+                    assert_eq!(by_device, is_near);
+                    for len_elems in [0, 1, 100_003, 5, 70_001] {
+                        let terms = inputs::<f32>(2, len_elems);
+                        let buffer = rank.framed(&terms[rank.number()], 0);
+                        let stream = if len_elems % 2 == 0 { &rank.stream } else { &second };
+                        stream.synchronize(PATIENCE).and_then(|()| rank.stream.synchronize(PATIENCE)).unwrap();
+                        communicator.all_reduce(&buffer.view, ReduceOp::Sum, stream).unwrap();
+                        communicator.synchronize(PATIENCE).unwrap();
+                        let expected = reduced(&terms, ReduceOp::Sum, algorithm, Collective::AllReduce);
+                        buffer.check(&rank, &expected, &format!("{len_elems} elements by {algorithm:?}"));
+                    }
+                }
+            })
+            .unwrap();
+        });
+    }
+}
+
+// ---- what goes wrong ---------------------------------------------------------------------------------------------------
+
+fn is_poisoned_and_usable(rank: &Rank, communicator: &mut Communicator) {
+    let late = rank.framed(&[1.0f32; 4], 0);
+    let poisoned = communicator.all_reduce(&late.view, ReduceOp::Sum, &rank.stream).unwrap_err();
+    assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
+    late.check(rank, &[1.0f32; 4], "a buffer of a refused call");
+    assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
+}
+
+/// The second operation: the first one's waits are over. Another one is enqueued behind it.
+#[test]
+fn a_rank_that_stalls_is_named_and_all_streams_come_to_their_end() {
+    on_virtual_gpu("a_rank_that_stalls_is_named_and_all_streams_come_to_their_end", THREE, || {
+        let seen = Together::new(3);
+        launch::threads(3, |environment| {
+            let rank = Rank::join(environment);
+            let options = Options { timeout: Some(Duration::from_millis(700)), ..stepped(Algorithm::Ring) };
+            let mut communicator = rank.communicator(options);
+            communicator.barrier(&rank.stream).unwrap();
+            communicator.synchronize(PATIENCE).unwrap();
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            if rank.number() != 1 {
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+                communicator.barrier(&rank.stream).unwrap();
+                let error = communicator.synchronize(PATIENCE).unwrap_err();
+                assert!(matches!(error, Error::PeerStalled { rank: 1, sequence: 2, .. }), "{error:?}");
+                let text = error.to_string();
+                assert!(text.contains("all_reduce(100 x f32, sum, ring)") && text.contains("arriving"), "{error}");
+                buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
+            }
+            seen.wait();
+            is_poisoned_and_usable(&rank, &mut communicator);
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
+    on_virtual_gpu("a_mismatch_is_told_on_every_rank_and_changes_nothing", THREE, || {
+        for algorithm in ALGORITHMS {
+            let done = Together::new(3);
+            launch::threads(3, |environment| {
+                let rank = Rank::join(environment);
+                let mut communicator = rank.communicator(stepped(algorithm));
+                let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
+                let buffer = rank.framed(&elements, 0);
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+                let error = communicator.synchronize(PATIENCE).unwrap_err();
+                assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
+                let text = error.to_string();
+                for quoted in ["all_reduce(100 x f32, sum", "all_reduce(200 x f32, sum", "rank 2"] {
+                    assert!(text.contains(quoted), "{text}");
+                }
+                done.wait();
+                buffer.check(&rank, &elements, "a buffer of a mismatched call");
+                is_poisoned_and_usable(&rank, &mut communicator);
+            })
+            .unwrap();
+        }
+    });
+}
+
+#[test]
+fn steps_are_no_part_of_a_graph() {
+    on_virtual_gpu("steps_are_no_part_of_a_graph", TWO, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(stepped(Algorithm::Direct));
+            let captured = rank.stream.capture(|| communicator.barrier(&rank.stream));
+            assert!(matches!(captured, Err(Error::Capture { .. })), "{captured:?}");
+            communicator.barrier(&rank.stream).unwrap();
+            communicator.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+// ---- processes ---------------------------------------------------------------------------------------------------------
+
+fn every_algorithm(rank: &Rank) {
+    for algorithm in ALGORITHMS {
+        let mut communicator = rank.communicator(Options { algorithm: Some(algorithm), ..Options::default() });
+        assert_eq!(communicator.way(), Way::Stepped);
+        assert_eq!(communicator.transport(1 - rank.world.rank()), Some(Transport::Device));
+        every_operation::<f32>(rank, &mut communicator, algorithm, 67);
+        every_operation::<bf16>(rank, &mut communicator, algorithm, 67);
+    }
+}
+
+/// Rank 1 of 2, on the same device.
+#[test]
+fn second_process() {
+    as_peer("second_process", || {
+        let rank = Rank::on(0, Environment::detect().unwrap());
+        every_algorithm(&rank);
+        let mut communicator = rank.communicator(Options::default());
+        say("done");
+        if listen() == "differ" {
+            let buffer = rank.framed(&[2.0f32; 100], 0);
+            let issued = communicator.all_reduce(&buffer.view, ReduceOp::Max, &rank.stream);
+            let error = issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { rank: 1, peer: 0, .. }), "{error:?}");
+            buffer.check(&rank, &[2.0f32; 100], "a buffer of a mismatched call");
+        }
+    });
+}
+
+fn between_processes(test: &str, body: impl FnOnce(Rank, Peer)) {
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [
+        ("ANNULUS_VGPU_DEVICES", "1"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("TMPDIR", folder.path().to_str().unwrap()),
+    ];
+    on_virtual_gpu(test, &variables, || {
+        let peer = Peer::start("second_process", &[("RANK", "1")]);
+        body(Rank::on(0, Environment::detect().unwrap()), peer);
+    });
+}
+
+#[test]
+fn processes_on_one_device_give_the_bits_of_the_reference() {
+    between_processes("processes_on_one_device_give_the_bits_of_the_reference", |rank, mut peer| {
+        every_algorithm(&rank);
+        let communicator = rank.communicator(Options::default());
+        assert_eq!(peer.hear(), "done");
+        peer.tell("leave");
+        drop(communicator);
+        peer.finish();
+    });
+}
+
+#[test]
+fn processes_that_differ_are_told_so() {
+    between_processes("processes_that_differ_are_told_so", |rank, mut peer| {
+        every_algorithm(&rank);
+        let mut communicator = rank.communicator(Options::default());
+        assert_eq!(peer.hear(), "done");
+        peer.tell("differ");
+        let buffer = rank.framed(&[1.0f32; 100], 0);
+        let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
+        let error = issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { rank: 0, peer: 1, .. }), "{error:?}");
+        buffer.check(&rank, &[1.0f32; 100], "a buffer of a mismatched call");
+        drop(communicator);
+        peer.finish();
+    });
+}
+
+#[test]
+fn a_process_that_is_killed_is_lost_within_a_second() {
+    between_processes("a_process_that_is_killed_is_lost_within_a_second", |rank, mut peer| {
+        every_algorithm(&rank);
+        let mut communicator = rank.communicator(Options::default());
+        assert_eq!(peer.hear(), "done");
+        let buffer = rank.framed(&[1.0f32; 100], 0);
+        communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
+        peer.kill();
+        let killed = Instant::now();
+        let error = communicator.synchronize(PATIENCE).unwrap_err();
+        assert!(matches!(error, Error::PeerLost { rank: 1, .. }), "{error:?}");
+        assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+        buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
+        is_poisoned_and_usable(&rank, &mut communicator);
+    });
+}
