@@ -7,7 +7,7 @@ use annulus_gpu::card::Card;
 use annulus_gpu::part::{Part, Scale};
 use annulus_gpu::record::Record;
 use annulus_gpu::report::Report;
-use annulus_gpu::{Result, pack, ranks};
+use annulus_gpu::{Result, pack, shared};
 use clap::{Parser, Subcommand};
 
 /// Verifies and times annulus on the GPU of this machine. Needs no arguments.
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.command {
         Some(Subcommands::Part { part, scale }) => part.run(*scale).map(|()| true),
-        Some(Subcommands::Rank { scale }) => ranks::processes::rank(*scale).map(|()| true),
+        Some(Subcommands::Rank { scale }) => shared::processes::rank(*scale).map(|()| true),
         Some(Subcommands::Pack { folder }) => pack::pack(folder).map(|()| true),
         None => run_all(&arguments),
     };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 
 use crate::record::{Check, Record};
-use crate::{Result, check, pytorch, ranks, sanitizer, time};
+use crate::{Result, check, pytorch, sanitizer, shared, time};
 
 /// What a process of the program does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -21,12 +21,16 @@ pub enum Part {
     Optimizers,
     /// Tensors of more than 2^31 elements.
     Long,
+    /// Collectives of ranks that are threads and share the device.
+    Threads,
     /// Two processes on one device over IPC.
     Processes,
     /// Operations in small, under compute-sanitizer.
     Sanitizer,
     /// Operations beside the card's copy.
     Operations,
+    /// All-reduces of ranks that share the device, beside the card's copy.
+    Collectives,
     /// What a step costs the processor.
     HostCost,
     /// The same operations by PyTorch.
@@ -54,21 +58,23 @@ impl Scale {
 
 impl Part {
     /// In the order in which they run.
-    pub const ALL: [Part; 9] = [
+    pub const ALL: [Part; 11] = [
         Part::Norms,
         Part::Casts,
         Part::Optimizers,
         Part::Long,
+        Part::Threads,
         Part::Processes,
         Part::Sanitizer,
         Part::Operations,
+        Part::Collectives,
         Part::HostCost,
         Part::PyTorch,
     ];
 
     /// Whether it says how fast something is.
     pub fn is_timing(self) -> bool {
-        matches!(self, Part::Operations | Part::HostCost | Part::PyTorch)
+        matches!(self, Part::Operations | Part::Collectives | Part::HostCost | Part::PyTorch)
     }
 
     /// As it is written on the command line.
@@ -80,7 +86,7 @@ impl Part {
     fn limit(self, scale: Scale) -> Duration {
         let full_s = match self {
             Part::Sanitizer => 150,
-            Part::Operations | Part::Long | Part::PyTorch => 90,
+            Part::Operations | Part::Long | Part::Threads | Part::PyTorch => 90,
             _ => 60,
         };
         Duration::from_secs(if scale == Scale::Full { full_s } else { 60 })
@@ -96,9 +102,11 @@ impl Part {
             Part::Casts => check::cast::run(scale),
             Part::Optimizers => check::update::run(scale),
             Part::Long => check::long::run(scale),
-            Part::Processes => ranks::processes::run(scale),
+            Part::Threads => shared::threads::run(scale),
+            Part::Processes => shared::processes::run(scale),
             Part::Sanitizer => sanitizer::run(),
             Part::Operations => time::operations(scale),
+            Part::Collectives => shared::threads::time(scale),
             Part::HostCost => time::host_cost(scale),
             Part::PyTorch => pytorch::run(scale),
         }

@@ -60,6 +60,11 @@ impl<'s> Stopwatch<'s> {
         Ok(stopwatch)
     }
 
+    /// How often [`time`](Stopwatch::time) calls its work when it is made for so many `rounds`.
+    pub fn calls(rounds: usize) -> usize {
+        WARM_UP + rounds.max(1)
+    }
+
     /// Bandwidth of a copy within the device.
     pub fn copy_gb_s(&self) -> f64 {
         self.copy_bytes_per_us / 1e3

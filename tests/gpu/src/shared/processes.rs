@@ -1,16 +1,22 @@
 //! Two processes on one device, each of which maps the other's memory.
 //!
-//! Kernels of two processes do not run at the same time on one device, so none of them waits for another: the hosts meet
-//! between the launches.
+//! Kernels of two processes do not run at the same time on one device, so none of them waits for another: in the first check
+//! the hosts meet between the launches; then streams do, in a communicator that runs by steps.
 
 use std::ffi::OsString;
 use std::time::Duration;
 
+use annulus::collective::cuda::Way;
 use annulus::device::cuda::{Arena, Buffer, Exported, PeerArena, Sharing, Token};
 use annulus::ops::cuda::{Contribution, Contributions};
+use annulus::schedule::Algorithm;
 use annulus::world::{Environment, World, WorldOptions, launch};
 use annulus::{DType, ReduceOp, reference};
+use half::bf16;
 
+use super::communicator;
+use super::operations::every_operation;
+use super::ranks::Rank;
 use crate::Result;
 use crate::part::Scale;
 use crate::record::{Tally, check};
@@ -44,21 +50,38 @@ pub fn rank(scale: Scale) -> Result<()> {
     let world = World::join(Environment::detect()?, options)?;
     let site = Site::open()?;
     let lengths: &[usize] = if scale == Scale::Short { &[1, 4099] } else { &[1, 4099, 1_000_003] };
-    let mut failure = None;
-    let body = |tally: &mut Tally| -> Result<()> {
+    let sums = |tally: &mut Tally| -> Result<()> {
         for len_elems in lengths {
             sum(&world, &site, *len_elems)?;
             tally.agreed();
         }
         Ok(())
     };
-    let what = "f32 sums of two processes over IPC, stepped by their hosts";
+    one_side(&world, "f32 sums of two processes over IPC, stepped by their hosts", sums)?;
+    let (kernels, stream) = (site.kernels.clone(), site.stream.clone());
+    let rank = Rank { world, kernels, stream };
+    for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+        let body = |tally: &mut Tally| -> Result<()> {
+            let mut communicator = communicator(&rank, algorithm, Way::Stepped)?;
+            for len_elems in if scale == Scale::Short { &[35][..] } else { &[0, 1, 259, 16_411] } {
+                every_operation::<f32>(&rank, &mut communicator, algorithm, *len_elems);
+                every_operation::<bf16>(&rank, &mut communicator, algorithm, *len_elems);
+                tally.agreed();
+            }
+            Ok(())
+        };
+        one_side(&rank.world, &format!("collectives of two processes, stepped by their streams, {algorithm:?}"), body)?;
+    }
+    Ok(())
+}
+
+/// Does one rank's side of a check. Rank 0 says how it went; the other's failure is its own.
+fn one_side(world: &World, what: &str, body: impl FnOnce(&mut Tally) -> Result<()>) -> Result<()> {
     if world.rank() == 0 {
         check(what, PATIENCE, body);
-    } else {
-        failure = body(&mut Tally::endless()).err();
+        return Ok(());
     }
-    failure.map_or(Ok(()), Err)
+    body(&mut Tally::endless())
 }
 
 /// The sum of both ranks' terms, read by kernels where they are.
