@@ -12,54 +12,9 @@ use annulus::ops::{self, Saturate};
 use annulus::{DType, kernels, reference};
 use annulus_vgpu::{Module, Options, Report};
 use bytemuck::{NoUninit, Zeroable};
-use tensors::{Device, FLOATS, Random, Tensor, fast};
+use tensors::{ALIGNED, Device, FLOATS, Place, Tensor, fast, hard};
 
 static MODULE: LazyLock<Module> = LazyLock::new(|| Module::parse(kernels::CAST).unwrap());
-
-/// Elements of which every kind of bits occurs: ordinary, subnormal, zeros of both signs, infinities, NaN of both signs with and
-/// without payload, ties and values next to them.
-fn hard(dtype: DType, len_elems: usize, seed: u64) -> Tensor {
-    let mut random = Random(seed);
-    let mut bytes = Vec::new();
-    for _ in 0..len_elems {
-        let bits = random.bits();
-        let shaped = match bits % 8 {
-            0 => f64::from_bits(random.bits()) as f32,
-            1 => random.spread(1e5, 60.0) as f32,
-            2 => random.spread(1e-37, 20.0) as f32,
-            // Ties of f16 and of bf16, and their neighbours.
-            3 => f32::from_bits((bits >> 32) as u32 & 0xffff_e000 | 0x1000).next_up(),
-            4 => f32::from_bits((bits >> 32) as u32 & 0xffff_0000 | 0x8000),
-            5 => f32::from_bits((bits >> 32) as u32 & 0xffff_e000 | 0x1000),
-            6 => [
-                0.0,
-                -0.0,
-                f32::INFINITY,
-                f32::NEG_INFINITY,
-                f32::NAN,
-                -f32::NAN,
-                f32::from_bits(0x7f80_0001),
-                f32::MAX,
-            ][bits as usize >> 32 & 7],
-            _ => f32::from_bits((bits >> 32) as u32),
-        };
-        match dtype {
-            DType::F32 => bytes.extend(shaped.to_le_bytes()),
-            DType::F64 if bits & 8 == 0 => bytes.extend(random.bits().to_le_bytes()),
-            DType::F64 => bytes.extend((f64::from(shaped) * (1.0 + f64::EPSILON)).to_le_bytes()),
-            _ => bytes.extend(((bits >> 48) as u16).to_le_bytes()),
-        }
-    }
-    Tensor::from_bytes(dtype, &bytes)
-}
-
-#[derive(Clone, Copy)]
-struct Place {
-    src_offset_bytes: u64,
-    dst_offset_bytes: u64,
-}
-
-const ALIGNED: Place = Place { src_offset_bytes: 0, dst_offset_bytes: 0 };
 
 /// A list of one tensor: its table, its chunks, and where the result is.
 struct Work {

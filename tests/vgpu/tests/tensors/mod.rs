@@ -118,6 +118,52 @@ impl Random {
     }
 }
 
+/// Elements of which every kind of bits occurs: ordinary, subnormal, zeros of both signs, infinities, NaN of both signs with and
+/// without payload, ties and values next to them.
+pub fn hard(dtype: DType, len_elems: usize, seed: u64) -> Tensor {
+    let mut random = Random(seed);
+    let mut bytes = Vec::new();
+    for _ in 0..len_elems {
+        let bits = random.bits();
+        let shaped = match bits % 8 {
+            0 => f64::from_bits(random.bits()) as f32,
+            1 => random.spread(1e5, 60.0) as f32,
+            2 => random.spread(1e-37, 20.0) as f32,
+            // Ties of f16 and of bf16, and their neighbours.
+            3 => f32::from_bits((bits >> 32) as u32 & 0xffff_e000 | 0x1000).next_up(),
+            4 => f32::from_bits((bits >> 32) as u32 & 0xffff_0000 | 0x8000),
+            5 => f32::from_bits((bits >> 32) as u32 & 0xffff_e000 | 0x1000),
+            6 => [
+                0.0,
+                -0.0,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::NAN,
+                -f32::NAN,
+                f32::from_bits(0x7f80_0001),
+                f32::MAX,
+            ][bits as usize >> 32 & 7],
+            _ => f32::from_bits((bits >> 32) as u32),
+        };
+        match dtype {
+            DType::F32 => bytes.extend(shaped.to_le_bytes()),
+            DType::F64 if bits & 8 == 0 => bytes.extend(random.bits().to_le_bytes()),
+            DType::F64 => bytes.extend((f64::from(shaped) * (1.0 + f64::EPSILON)).to_le_bytes()),
+            _ => bytes.extend(((bits >> 48) as u16).to_le_bytes()),
+        }
+    }
+    Tensor::from_bytes(dtype, &bytes)
+}
+
+/// How far behind a multiple of 16 a source and a target begin.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub src_offset_bytes: u64,
+    pub dst_offset_bytes: u64,
+}
+
+pub const ALIGNED: Place = Place { src_offset_bytes: 0, dst_offset_bytes: 0 };
+
 /// Global memory in which every tensor is an allocation of its own that begins and ends with it.
 pub struct Device {
     pub memory: Memory,
