@@ -15,7 +15,7 @@ pub struct Statistics {
     pub reduction_ns: u64,
     /// Time in which the compute stream had nothing to do but wait for a reduction: the part that no backward hides.
     pub exposed_ns: u64,
-    /// Time in norms and optimizer steps.
+    /// Time in norms and optimizer steps; in all of a replayed step.
     pub step_ns: u64,
 }
 

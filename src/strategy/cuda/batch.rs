@@ -8,6 +8,7 @@ use crate::device::cuda::{Event, Pool, Staging, Stream};
 use crate::error::Result;
 use crate::strategy::storage::Storage;
 use crate::strategy::tensor::{Tensor, with_element};
+use crate::telemetry::nvtx;
 
 /// Moves tensors to the device of a strategy. Clones are the same.
 ///
@@ -43,6 +44,7 @@ impl BatchMover {
         let Some(buffer) = tensor.buffer() else {
             return Ok(tensor); // it is there
         };
+        let _range = nvtx::range("batch to device", 0);
         let memory = place.adopt(pool.take(tensor.dtype(), tensor.len_elems(), &place.compute, copies)?);
         with_element!(buffer.dtype(), T => staging.upload::<T>(buffer.as_slice()?, &memory.view(), copies))?;
         copies.record(copied)?;

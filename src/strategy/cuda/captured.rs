@@ -85,7 +85,8 @@ impl DeviceBackend {
         self.set_learning_rate(optimizer, learning_rate)?;
         self.communication.record(&self.reduced)?;
         self.place.compute.wait(&self.reduced)?;
-        step.graph.launch(&self.place.compute)?;
+        let part = self.part("captured step", lock(&optimizer.running).calls as u32, |counters| &counters.step_ns);
+        self.watch.get_mut().time(&self.place.compute, part, || step.graph.launch(&self.place.compute))?;
         self.place.compute.record(&self.filled)?;
         self.communication.wait(&self.filled)?;
         self.place.compute.record(&self.step_done)?;

@@ -1,4 +1,5 @@
-//! How long the device took for parts of a step, without waiting for it: events around them, read when they have passed.
+//! How long the device took for parts of a step, without waiting for it: events around them, read when they have passed. For
+//! profilers each part is a range of the host's, too, in which its work is enqueued.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use crate::device::cuda::{Stream, Timer};
 use crate::error::Result;
 use crate::strategy::statistics::Counters;
 use crate::telemetry::trace::now_ns;
-use crate::telemetry::{Timeline, Track};
+use crate::telemetry::{Timeline, Track, nvtx};
 
 /// Parts that are timed and not read yet, at most. The device is no further behind the host in sound training.
 const MAX_RUNNING: usize = 256;
@@ -68,6 +69,7 @@ impl Watch {
 
     /// Has `enqueue` enqueue a part on `stream`, and takes its time.
     pub fn time<R>(&mut self, stream: &Stream, part: Part, enqueue: impl FnOnce() -> Result<R>) -> Result<R> {
+        let _range = nvtx::range(part.name, part.index);
         if self.is_paused || self.running.len() == MAX_RUNNING {
             return enqueue();
         }

@@ -243,6 +243,50 @@ fn a_replayed_step_neither_waits_nor_allocates() {
     on_devices("a_replayed_step_neither_waits_nor_allocates", true);
 }
 
+/// Every bucket and phase of steps on two ranks: in the timeline as the device took its time for it, and as a range in which a
+/// profiler sees it enqueued.
+#[test]
+fn every_bucket_and_phase_is_in_the_timeline_and_a_range_of_a_profiler() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, injection) = (folder.path().join("nvtx"), support::library("annulus_vgpu_nvml"));
+    let variables = [
+        ("ANNULUS_VGPU_DEVICES", "2"),
+        ("ANNULUS_VGPU_NVTX_LOG", log.to_str().unwrap()),
+        ("NVTX_INJECTION64_PATH", injection.to_str().unwrap()),
+    ];
+    on_virtual_gpu("every_bucket_and_phase_is_in_the_timeline_and_a_range_of_a_profiler", &variables, || {
+        let spans = launch::threads(2, |environment| {
+            let options = options(environment.rank, Precision::F32True);
+            let timeline = options.timeline.clone();
+            let mut trainer = Trainer::new(Ddp::setup_environment(environment, options).unwrap(), true);
+            trainer.step(batch(0)).get(PATIENCE).unwrap();
+            trainer.strategy.synchronize().unwrap();
+            let mut json = Vec::new();
+            timeline.write_json(&mut json).unwrap();
+            trainer.strategy.teardown(PATIENCE).unwrap();
+            String::from_utf8(json).unwrap()
+        });
+        let heard = std::fs::read_to_string(std::env::var("ANNULUS_VGPU_NVTX_LOG").unwrap()).unwrap();
+        let ranges: BTreeSet<&str> = heard.lines().filter_map(|line| line.trim().strip_prefix("push ")).collect();
+        // One eager step, whose four tensors of 200 to 320 bytes are three buckets, and one that is replayed.
+        let phases = ["wait for reduction 0", "norm 0", "optimizer step 0", "captured step 1"];
+        let buckets = (0..3).map(|bucket| format!("all_reduce {bucket}"));
+        for part in phases.iter().map(|phase| (*phase).to_owned()).chain(buckets) {
+            assert!(ranges.contains(part.as_str()), "{part}: {ranges:?}");
+            let (name, index) = part.rsplit_once(' ').unwrap();
+            for spans in spans.as_ref().unwrap() {
+                let events: serde_json::Value = serde_json::from_str(spans).unwrap();
+                let events = events["traceEvents"].as_array().unwrap();
+                let is_it = |event: &&serde_json::Value| {
+                    event["ph"] == "X" && event["name"] == name && event["args"]["index"].as_u64() == index.parse().ok()
+                };
+                assert!(events.iter().any(|event| is_it(&event)), "{part}: {spans}");
+            }
+        }
+        assert!(ranges.contains("batch to device 0") && ranges.iter().any(|range| range.starts_with("backward ")));
+    });
+}
+
 /// The counters count: what a step must not do is seen when the caller does it.
 #[test]
 fn what_is_counted_is_seen() {

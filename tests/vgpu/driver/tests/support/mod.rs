@@ -15,19 +15,19 @@ use tempfile::TempDir;
 /// Set in the processes that have a driver: the name of the test they run.
 const INSIDE: &str = "ANNULUS_VGPU_TEST";
 
-/// The library, beside this executable.
-fn library() -> PathBuf {
+/// The library of a package, beside this executable.
+pub fn library(package: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    let name = "libannulus_vgpu_driver.so";
-    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.exists());
-    found.expect("cargo builds the library of this package before its tests")
+    let name = format!("lib{package}.so");
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(&name)).find(|path| path.exists());
+    found.expect("cargo builds the libraries of this package, and of those it names, before its tests")
 }
 
 /// This executable, running only `test`, with `variables`; and its folder of libraries, empty if `driver` is false.
 fn command(test: &str, variables: &[(&str, &str)], driver: bool) -> (Command, TempDir) {
     let folder = TempDir::new().unwrap();
     if driver {
-        std::os::unix::fs::symlink(library(), folder.path().join("libcuda.so")).unwrap();
+        std::os::unix::fs::symlink(library("annulus_vgpu_driver"), folder.path().join("libcuda.so")).unwrap();
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]);
