@@ -10,9 +10,9 @@ use annulus::{Error, Result};
 
 /// Run a program as several ranks on this machine.
 ///
-/// Every rank gets its number and the job's size from the environment (Environment::detect reads them). Output is
-/// prefixed with the rank, signals are passed on, and when one rank fails the others are ended. Ctrl-C asks the ranks to
-/// stop; a second one kills them. Nothing is left behind, even if this program is killed.
+/// Every rank finds its number and the job's size in ANNULUS_RANK and ANNULUS_WORLD_SIZE (Environment::detect reads
+/// them). Output is prefixed with the rank, signals are passed on, and when one rank fails the others are ended. Ctrl-C
+/// asks the ranks to stop; a second one kills them. Nothing is left behind, even if this program is killed.
 ///
 /// Exit code: 0 if every rank ended with 0; else that of the first rank that failed, or 128 + the signal that killed it;
 /// 124 after --timeout; 2 for usage errors; 126 or 127 if the program cannot be run or found.
