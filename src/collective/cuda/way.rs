@@ -20,7 +20,9 @@ pub enum Way {
     /// operation waits on the host until the others on its device have issued it, too.
     Cooperative,
     /// A kernel for each step of the schedule, which begins when the stream has seen that the peers have done their parts; no
-    /// kernel waits. For processes that share a device. Slower: a launch and some stream waits per step.
+    /// kernel waits. For processes that share a device. Slower: a launch and some stream waits per step. Not for threads of
+    /// one process on one device, unless it has as many hardware queues as they have streams (`CUDA_DEVICE_MAX_CONNECTIONS`):
+    /// one rank's wait may hold back the kernel of another that it waits for, until the deadline.
     Stepped,
 }
 

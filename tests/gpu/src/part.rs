@@ -85,8 +85,8 @@ impl Part {
     /// When its process is ended.
     fn limit(self, scale: Scale) -> Duration {
         let full_s = match self {
-            Part::Sanitizer => 150,
-            Part::Operations | Part::Long | Part::Threads | Part::PyTorch => 90,
+            Part::Sanitizer | Part::Threads => 150,
+            Part::Operations | Part::Long | Part::PyTorch => 90,
             _ => 60,
         };
         Duration::from_secs(if scale == Scale::Full { full_s } else { 60 })

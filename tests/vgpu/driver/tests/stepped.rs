@@ -1,6 +1,9 @@
 //! Operations by steps: between processes that share a device, and, by request, between devices; and what each rank is told
 //! when something goes wrong.
 
+#[allow(dead_code, reason = "a part of it is enough")]
+#[path = "../../../strategy/model.rs"]
+mod model;
 #[path = "support/operations.rs"]
 mod operations;
 #[path = "support/ranks.rs"]
@@ -14,9 +17,11 @@ use std::time::{Duration, Instant};
 use annulus::collective::cuda::{Communicator, Options, Transport, Way};
 use annulus::device::cuda::{Buffer, Priority, Stream};
 use annulus::schedule::{Algorithm, Collective};
+use annulus::strategy::{Accelerator, AdamW, Ddp, Nonfinite, Strategy, StrategyOptions};
 use annulus::world::{Environment, launch};
-use annulus::{DType, Error, ReduceOp};
+use annulus::{DType, Error, NormType, ReduceOp};
 use half::bf16;
+use model::{Loss, Mlp, TIMEOUT, bits, ddp, samples};
 use operations::{every_operation, reduced};
 use ranks::{PATIENCE, Rank, inputs};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say};
@@ -233,6 +238,11 @@ fn second_process() {
 }
 
 fn between_processes(test: &str, body: impl FnOnce(Rank, Peer)) {
+    beside(test, "second_process", |peer| body(Rank::on(0, Environment::detect().unwrap()), peer));
+}
+
+/// Runs `body` as rank 0 of 2 on one device, and the test `role` as the other.
+fn beside(test: &str, role: &str, body: impl FnOnce(Peer)) {
     let folder = tempfile::tempdir().unwrap();
     let variables = [
         ("ANNULUS_VGPU_DEVICES", "1"),
@@ -243,8 +253,7 @@ fn between_processes(test: &str, body: impl FnOnce(Rank, Peer)) {
         ("TMPDIR", folder.path().to_str().unwrap()),
     ];
     on_virtual_gpu(test, &variables, || {
-        let peer = Peer::start("second_process", &[("RANK", "1")]);
-        body(Rank::on(0, Environment::detect().unwrap()), peer);
+        body(Peer::start(role, &[("RANK", "1")]));
     });
 }
 
@@ -292,5 +301,49 @@ fn a_process_that_is_killed_is_lost_within_a_second() {
         assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
         buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
         is_poisoned_and_usable(&rank, &mut communicator);
+    });
+}
+
+/// Weights after a few steps of training.
+fn train(strategy: Ddp) -> Vec<u32> {
+    let mut strategy: Box<dyn Strategy> = Box::new(strategy);
+    let data = samples(8);
+    let mine = &data[4 * strategy.rank() as usize..][..4];
+    let mut model = Mlp::set_up(&mut strategy);
+    let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(1e-2).into()).unwrap();
+    for _ in 0..3 {
+        strategy.backward(&Loss { batch: mine, micro_batches: 1.0 }, &mut model).unwrap();
+        let clipped = strategy.clip_gradients_norm(&model, &mut optimizer, 0.05, NormType::L2, Nonfinite::SkipStep);
+        strategy.optimizer_step(&mut optimizer).unwrap();
+        clipped.unwrap().get(TIMEOUT).unwrap();
+    }
+    let weights = bits(&model.weights());
+    strategy.teardown(TIMEOUT).unwrap();
+    weights
+}
+
+fn on(accelerator: Accelerator) -> StrategyOptions {
+    let mut options = StrategyOptions { accelerator, ..model::options() };
+    options.world.heartbeat_limit = None;
+    options
+}
+
+fn train_on_the_device() -> Vec<u32> {
+    let options = on(Accelerator::Cuda(None));
+    train(Ddp::setup_environment(Environment::detect().unwrap(), options).unwrap())
+}
+
+#[test]
+fn second_trainer() {
+    as_peer("second_trainer", || say(format!("{:?}", train_on_the_device())));
+}
+
+#[test]
+fn processes_that_share_a_device_train_to_the_bits_of_the_host() {
+    beside("processes_that_share_a_device_train_to_the_bits_of_the_host", "second_trainer", |mut peer| {
+        let weights = train_on_the_device();
+        assert_eq!(peer.hear(), format!("{weights:?}"));
+        peer.finish();
+        assert_eq!(ddp(2, on(Accelerator::Host), train), [weights.clone(), weights]);
     });
 }
