@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::descriptor::{Descriptor, Kind, Partials};
 use super::executor::{Group, Job, Operand};
+use super::operands::{Extent, all_shards, check_extent};
 use super::operation::{Log, Operation, operand, perform};
 use super::work::{Pool, Work};
 use crate::device::{Buffer, Event, Memory, Stream};
@@ -200,7 +201,7 @@ impl Communicator {
         stream: &Stream,
     ) -> Result<Work<(Buffer, Buffer)>> {
         let call = self.call(Kind::AllReduce, src.dtype(), src.len_elems(), op, 0)?;
-        check_pair("all_reduce_into", &src, &dst, src.len_elems())?;
+        check_extent("all_reduce_into", extent(&dst), extent(&src))?;
         self.issue_pair(call, src, dst, stream)
     }
 
@@ -216,7 +217,8 @@ impl Communicator {
         stream: &Stream,
     ) -> Result<Work<(Buffer, Buffer)>> {
         let call = self.call(Kind::ReduceScatter, src.dtype(), src.len_elems(), op, 0)?;
-        check_pair("reduce_scatter: src", &dst, &src, self.shards(dst.len_elems())?)?;
+        let all_elems = all_shards(dst.len_elems(), self.world_size())?;
+        check_extent("reduce_scatter: src", extent(&src), (dst.dtype(), all_elems))?;
         self.issue_pair(call, src, dst, stream)
     }
 
@@ -237,7 +239,8 @@ impl Communicator {
     /// As [`all_reduce_into`](Communicator::all_reduce_into).
     pub fn all_gather(&mut self, src: Buffer, dst: Buffer, stream: &Stream) -> Result<Work<(Buffer, Buffer)>> {
         let call = self.call(Kind::AllGather, src.dtype(), dst.len_elems(), ReduceOp::Sum, 0)?;
-        check_pair("all_gather: dst", &src, &dst, self.shards(src.len_elems())?)?;
+        let all_elems = all_shards(src.len_elems(), self.world_size())?;
+        check_extent("all_gather: dst", extent(&dst), (src.dtype(), all_elems))?;
         self.issue_pair(call, src, dst, stream)
     }
 
@@ -379,14 +382,6 @@ impl Communicator {
         error
     }
 
-    /// Elements of `world_size` shards.
-    pub(super) fn shards(&self, shard_elems: usize) -> Result<usize> {
-        shard_elems.checked_mul(self.world_size() as usize).ok_or_else(|| Error::SizeOverflow {
-            what: "the shards of all ranks",
-            detail: format!("{shard_elems} elements x {} ranks", self.world_size()),
-        })
-    }
-
     /// Where this rank's shard begins.
     fn own_shard_bytes(&self, buffer: &Buffer) -> Result<usize> {
         let world_size = self.world_size() as usize;
@@ -463,13 +458,6 @@ fn no_area() -> Error {
     }
 }
 
-fn check_pair(what: &str, like: &Buffer, other: &Buffer, expected_elems: usize) -> Result<()> {
-    if other.dtype() != like.dtype() {
-        return Err(Error::DTypeMismatch { what: what.to_owned(), expected: like.dtype(), actual: other.dtype() });
-    }
-    if other.len_elems() != expected_elems {
-        let actual_elems = other.len_elems();
-        return Err(Error::LengthMismatch { what: what.to_owned(), expected_elems, actual_elems });
-    }
-    Ok(())
+fn extent(buffer: &Buffer) -> Extent {
+    (buffer.dtype(), buffer.len_elems())
 }

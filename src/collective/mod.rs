@@ -27,6 +27,7 @@ mod executor;
 #[cfg(target_arch = "x86_64")]
 mod half512;
 mod lane;
+mod operands;
 mod operation;
 mod partial;
 mod ring;

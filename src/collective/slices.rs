@@ -5,6 +5,7 @@
 use super::communicator::Communicator;
 use super::descriptor::Kind;
 use super::executor::Operand;
+use super::operands::{all_shards, check_extent};
 use super::operation::operand;
 use crate::device::Buffer;
 use crate::dtype::{Element, ReduceOp};
@@ -72,7 +73,8 @@ impl Communicator {
     /// [`all_reduce_slice`](Communicator::all_reduce_slice).
     pub fn all_gather_slice<T: Element>(&mut self, src: &[T], dst: &mut [T]) -> Result<()> {
         let call = self.call(Kind::AllGather, T::DTYPE, dst.len(), ReduceOp::Sum, 0)?;
-        check_shards("all_gather_slice: dst", self.shards(src.len())?, dst.len())?;
+        let all_elems = all_shards(src.len(), self.world_size())?;
+        check_extent("all_gather_slice: dst", (T::DTYPE, dst.len()), (T::DTYPE, all_elems))?;
         // SAFETY: the lengths were checked against each other; the input is only read.
         unsafe { self.run_now(call, input(src), output(dst), None) }
     }
@@ -84,7 +86,8 @@ impl Communicator {
     /// [`all_reduce_slice`](Communicator::all_reduce_slice).
     pub fn reduce_scatter_slice<T: Element>(&mut self, src: &[T], dst: &mut [T], op: ReduceOp) -> Result<()> {
         let call = self.call(Kind::ReduceScatter, T::DTYPE, src.len(), op, 0)?;
-        check_shards("reduce_scatter_slice: src", self.shards(dst.len())?, src.len())?;
+        let all_elems = all_shards(dst.len(), self.world_size())?;
+        check_extent("reduce_scatter_slice: src", (T::DTYPE, src.len()), (T::DTYPE, all_elems))?;
         // SAFETY: the lengths were checked against each other; the input is only read.
         unsafe { self.run_now(call, input(src), output(dst), None) }
     }
@@ -106,11 +109,4 @@ fn output<T: Element>(elements: &mut [T]) -> Operand {
 
 fn input<T: Element>(elements: &[T]) -> Operand {
     Operand { ptr: elements.as_ptr().cast_mut().cast(), arena_offset_bytes: None }
-}
-
-fn check_shards(what: &str, expected_elems: usize, actual_elems: usize) -> Result<()> {
-    if expected_elems == actual_elems {
-        return Ok(());
-    }
-    Err(Error::LengthMismatch { what: what.to_owned(), expected_elems, actual_elems })
 }

@@ -16,6 +16,7 @@ use super::way::Way;
 use crate::abi::collective::{CollectiveArguments, RankArguments, RankState, collective_entry, reduce_code};
 use crate::collective::communicator::claim_area;
 use crate::collective::descriptor::{Descriptor, Kind, Partials};
+use crate::collective::operands::{Extent, all_shards, check_extent};
 use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Stream, View};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
@@ -208,7 +209,7 @@ impl Communicator {
     /// As [`all_reduce`](Communicator::all_reduce); [`Error::LengthMismatch`] and [`Error::DTypeMismatch`] if the views
     /// differ.
     pub fn all_reduce_into(&mut self, src: &View, dst: &View, op: ReduceOp, stream: &Stream) -> Result<()> {
-        check_like("all_reduce_into: dst", src, dst, Some(src.len_elems()))?;
+        check_extent("all_reduce_into: dst", extent(dst), extent(src))?;
         let call = self.call(Kind::AllReduce, src.dtype(), src.len_elems(), op, 0)?;
         self.issue(call, [src, dst], stream)
     }
@@ -218,7 +219,8 @@ impl Communicator {
     /// # Errors
     /// As [`all_reduce_into`](Communicator::all_reduce_into).
     pub fn reduce_scatter(&mut self, src: &View, dst: &View, op: ReduceOp, stream: &Stream) -> Result<()> {
-        check_like("reduce_scatter: src", dst, src, self.shards(dst.len_elems()))?;
+        let all_elems = all_shards(dst.len_elems(), self.world_size())?;
+        check_extent("reduce_scatter: src", extent(src), (dst.dtype(), all_elems))?;
         let call = self.call(Kind::ReduceScatter, src.dtype(), src.len_elems(), op, 0)?;
         self.issue(call, [src, dst], stream)
     }
@@ -229,7 +231,8 @@ impl Communicator {
     /// # Errors
     /// As [`all_reduce_into`](Communicator::all_reduce_into).
     pub fn all_gather(&mut self, src: &View, dst: &View, stream: &Stream) -> Result<()> {
-        check_like("all_gather: dst", src, dst, self.shards(src.len_elems()))?;
+        let all_elems = all_shards(src.len_elems(), self.world_size())?;
+        check_extent("all_gather: dst", extent(dst), (src.dtype(), all_elems))?;
         let call = self.call(Kind::AllGather, dst.dtype(), dst.len_elems(), ReduceOp::Sum, 0)?;
         self.issue(call, [src, dst], stream)
     }
@@ -294,11 +297,6 @@ impl Communicator {
         op.check(dtype)?;
         let how = (self.options.algorithm, self.options.partials);
         Ok(Descriptor::new(self.sequence + 1, kind, dtype, len_elems, op, root, how))
-    }
-
-    /// Elements of `world_size` shards, if there can be as many.
-    fn shards(&self, shard_elems: usize) -> Option<usize> {
-        shard_elems.checked_mul(self.world_size() as usize)
     }
 
     fn issue(&mut self, call: Descriptor, views: [&View; 2], stream: &Stream) -> Result<()> {
@@ -530,18 +528,8 @@ fn known_better(world: &World, error: Error) -> Error {
     }
 }
 
-fn check_like(what: &str, like: &View, other: &View, expected_elems: Option<usize>) -> Result<()> {
-    if other.dtype() != like.dtype() {
-        return Err(Error::DTypeMismatch { what: what.to_owned(), expected: like.dtype(), actual: other.dtype() });
-    }
-    let actual_elems = other.len_elems();
-    match expected_elems {
-        Some(expected_elems) if expected_elems == actual_elems => Ok(()),
-        expected => {
-            let expected_elems = expected.unwrap_or(usize::MAX);
-            Err(Error::LengthMismatch { what: what.to_owned(), expected_elems, actual_elems })
-        }
-    }
+fn extent(view: &View) -> Extent {
+    (view.dtype(), view.len_elems())
 }
 
 impl std::fmt::Debug for Communicator {
