@@ -75,6 +75,12 @@ impl Page {
         self.signals[peer as usize].0[awaited as usize].load(Ordering::Acquire)
     }
 
+    /// Tells how far `peer` is, as its kernels do.
+    #[cfg(test)]
+    pub(super) fn count(&self, peer: u32, awaited: u32, count: u32) {
+        self.signals[peer as usize].0[awaited as usize].store(count, Ordering::Release);
+    }
+
     /// Ends the waits of this rank's stream for `expected`.
     pub(super) fn release(&self, peer: u32, awaited: u32, expected: u32) {
         let signal = &self.signals[peer as usize].0[awaited as usize];

@@ -225,3 +225,58 @@ fn senders(step: &Step, world: &World) -> impl Iterator<Item = u32> {
     let takes_all = step.source == Source::All as u8;
     (0..world.world_size()).filter(move |peer| *peer != own && (takes_all || *peer == u32::from(step.recv_peer)))
 }
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+
+    use super::*;
+
+    fn page() -> Box<Page> {
+        // SAFETY: a page is atomics, of which any bytes are valid.
+        Box::new(unsafe { std::mem::zeroed() })
+    }
+
+    fn wait(operation: u32, peer: u32, awaited: Awaited, expected: u32) -> FaultRecord {
+        FaultRecord { operation, peer, awaited: awaited as u32, expected, ..FaultRecord::zeroed() }
+    }
+
+    /// The waits of two operations for peer 3, of which the first stands at its data.
+    fn waits(page: &Page) -> Waits {
+        let waits = Waits::default();
+        waits.push(wait(1, 3, Awaited::Greeting, 1));
+        waits.push(wait(1, 3, Awaited::Data, 5));
+        waits.push(wait(2, 3, Awaited::Data, 6));
+        page.count(3, Awaited::Greeting as u32, 1);
+        page.count(3, Awaited::Data as u32, 4);
+        waits
+    }
+
+    #[test]
+    fn the_first_wait_that_is_not_over_becomes_overdue_once_the_stream_is_there() {
+        let page = page();
+        let waits = waits(&page);
+        let overdue = |begun, timeout| waits.overdue(&page, begun, timeout);
+        assert_eq!(overdue(0, Duration::ZERO), None, "the stream has not come to the operation");
+        assert_eq!(overdue(1, Duration::from_secs(3600)), None);
+        let first = FaultRecord { seen: 4, ..wait(1, 3, Awaited::Data, 5) };
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(overdue(1, Duration::from_millis(1)), Some(first));
+        page.count(3, Awaited::Data as u32, 5);
+        assert_eq!(overdue(1, Duration::ZERO), None, "the next operation has not begun");
+        assert_eq!(overdue(2, Duration::from_secs(3600)), None, "its clock begins anew");
+    }
+
+    #[test]
+    fn released_waits_are_over_and_stay_so_when_peers_go_on_counting() {
+        let page = page();
+        let waits = waits(&page);
+        waits.release(&page);
+        assert_eq!(page.signal(3, Awaited::Data as u32), 6);
+        assert_eq!(waits.overdue(&page, 2, Duration::ZERO), None);
+        // A kernel of the peer that was under way.
+        page.count(3, Awaited::Data as u32, 5);
+        waits.release(&page);
+        assert_eq!(page.signal(3, Awaited::Data as u32), 6);
+    }
+}
