@@ -14,10 +14,10 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-#[cfg(target_arch = "x86_64")]
-use super::half512;
 use super::lane::{Lane, WIDTH};
 use super::simd::{self, Loop};
+#[cfg(target_arch = "x86_64")]
+use super::{half256, half512};
 use crate::dtype::{DType, ReduceOp};
 #[cfg(target_arch = "x86_64")]
 use crate::schedule::MAX_WORLD_SIZE;
@@ -55,16 +55,10 @@ pub(super) unsafe fn combine(dtype: DType, how: Combine, terms: &[*const u8], de
 /// As for [`combine`], with elements of type `T`, f16 or bf16.
 unsafe fn reduce_half<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut u8], len_elems: usize) {
     #[cfg(target_arch = "x86_64")]
-    if simd::level() == simd::AVX512 && len_elems >= half512::BLOCK && terms.len() <= MAX_WORLD_SIZE as usize {
-        // SAFETY: the caller's promises; the level was detected. What remains is behind the whole blocks.
+    if terms.len() <= MAX_WORLD_SIZE as usize {
+        // SAFETY: the caller's promises; what remains is behind the whole blocks.
         unsafe {
-            let done = match T::DTYPE {
-                DType::F16 => half512::reduce_blocks::<{ half512::F16 }>(how, terms, dests, len_elems),
-                _ if is_x86_feature_detected!("avx512bf16") => {
-                    half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, terms, dests, len_elems)
-                }
-                _ => half512::reduce_blocks::<{ half512::BF16 }>(how, terms, dests, len_elems),
-            };
+            let done = reduce_half_blocks::<T>(how, terms, dests, len_elems);
             let mut rest_terms = [std::ptr::null(); MAX_WORLD_SIZE as usize];
             for (rest, term) in rest_terms.iter_mut().zip(terms) {
                 *rest = term.add(2 * done);
@@ -78,6 +72,30 @@ unsafe fn reduce_half<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut 
     }
     // SAFETY: the caller's promises.
     unsafe { reduce::<T>(how, terms, dests, len_elems) }
+}
+
+/// The leading blocks, as far as there are instructions for them; returns how many elements they have.
+///
+/// # Safety
+/// As for [`reduce_half`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn reduce_half_blocks<T: Lane>(how: Combine, terms: &[*const u8], dests: &[*mut u8], len_elems: usize) -> usize {
+    let is_f16 = T::DTYPE == DType::F16;
+    // SAFETY: the caller's promises; the level was detected.
+    unsafe {
+        match simd::level() {
+            simd::AVX512 if len_elems < half512::BLOCK => 0,
+            simd::AVX512 if is_f16 => half512::reduce_blocks::<{ half512::F16 }>(how, terms, dests, len_elems),
+            simd::AVX512 if is_x86_feature_detected!("avx512bf16") => {
+                half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, terms, dests, len_elems)
+            }
+            simd::AVX512 => half512::reduce_blocks::<{ half512::BF16 }>(how, terms, dests, len_elems),
+            simd::AVX2 if len_elems < half256::BLOCK => 0,
+            simd::AVX2 if is_f16 => half256::reduce_blocks::<{ half256::F16 }>(how, terms, dests, len_elems),
+            simd::AVX2 => half256::reduce_blocks::<{ half256::BF16 }>(how, terms, dests, len_elems),
+            _ => 0,
+        }
+    }
 }
 
 struct Reduce<'a, T> {
@@ -205,6 +223,20 @@ mod tests {
                 unsafe {
                     combine(T::DTYPE, how, &pointers, &[fast.as_mut_ptr().cast()], a.len());
                     reduce::<T>(how, &pointers, &[portable.as_mut_ptr().cast()], a.len());
+                }
+                #[cfg(target_arch = "x86_64")]
+                if simd::level() >= simd::AVX2 {
+                    let mut narrower = vec![0_u16; a.len()];
+                    // SAFETY: as above; the processor has the level's instructions.
+                    let done = unsafe {
+                        let dests = [narrower.as_mut_ptr().cast()];
+                        match T::DTYPE {
+                            DType::F16 => half256::reduce_blocks::<{ half256::F16 }>(how, &pointers, &dests, a.len()),
+                            _ => half256::reduce_blocks::<{ half256::BF16 }>(how, &pointers, &dests, a.len()),
+                        }
+                    };
+                    assert_eq!(done, a.len() / half256::BLOCK * half256::BLOCK);
+                    assert_eq!(narrower[..done], fast[..done], "{op:?} over {}", terms.len());
                 }
                 let value = |bits: u16| bytemuck::cast::<u16, [u8; 2]>(bits);
                 let nan = |bits: u16| is_nan(bytemuck::pod_read_unaligned(&value(bits)));

@@ -25,6 +25,8 @@ pub mod cuda;
 mod descriptor;
 mod executor;
 #[cfg(target_arch = "x86_64")]
+mod half256;
+#[cfg(target_arch = "x86_64")]
 mod half512;
 mod lane;
 mod operands;

@@ -1,0 +1,149 @@
+//! Reductions of 16-bit floats with AVX2 and F16C, for processors without AVX-512: `half512.rs` with registers of half the
+//! width, and blends by masks that are vectors. The bits are the same.
+
+use std::arch::x86_64::{
+    __m256, __m256i, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_blend_epi16, _mm256_blendv_ps, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_div_ps,
+    _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_ps, _mm256_or_si256, _mm256_set_m128i,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_si256,
+};
+
+use super::combine::Combine;
+use crate::dtype::ReduceOp;
+
+/// Elements of a register of 16-bit words.
+const WORDS: usize = 16;
+/// Elements of a block: two registers, one cache line.
+pub(super) const BLOCK: usize = 2 * WORDS;
+
+pub(super) const BF16: u8 = 0;
+pub(super) const F16: u8 = 1;
+
+const ADD: u8 = 0;
+const MIN: u8 = 1;
+const MAX: u8 = 2;
+
+/// A term: 16 elements in f32, in the order of [`unpack`].
+type Wide = [__m256; 2];
+
+/// Reduces the leading whole blocks of `terms` into `dests` and returns how many elements that were.
+///
+/// # Safety
+/// As for [`super::combine::combine`], with elements of `FORMAT`; the processor has AVX2 and F16C.
+#[target_feature(enable = "avx2,f16c")]
+pub(super) unsafe fn reduce_blocks<const FORMAT: u8>(
+    how: Combine,
+    terms: &[*const u8],
+    dests: &[*mut u8],
+    len_elems: usize,
+) -> usize {
+    let (one, count) = (1.0, how.world_size as f32);
+    // SAFETY: the caller's promises.
+    unsafe {
+        match how.op {
+            ReduceOp::Sum => blocks::<FORMAT, ADD, false, false>(terms, dests, len_elems, one),
+            ReduceOp::Avg => blocks::<FORMAT, ADD, false, true>(terms, dests, len_elems, count),
+            ReduceOp::PremulSum(factor) => blocks::<FORMAT, ADD, true, false>(terms, dests, len_elems, factor as f32),
+            ReduceOp::Min => blocks::<FORMAT, MIN, false, false>(terms, dests, len_elems, one),
+            ReduceOp::Max => blocks::<FORMAT, MAX, false, false>(terms, dests, len_elems, one),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`reduce_blocks`]. `number` is the factor if `SCALE`, the divisor if `DIVIDE`.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn blocks<const FORMAT: u8, const OP: u8, const SCALE: bool, const DIVIDE: bool>(
+    terms: &[*const u8],
+    dests: &[*mut u8],
+    len_elems: usize,
+    number: f32,
+) -> usize {
+    let Some((first, others)) = terms.split_first() else { return 0 };
+    let number = _mm256_set1_ps(number);
+    let whole = len_elems / BLOCK * BLOCK;
+    for at in (0..whole).step_by(BLOCK) {
+        let (near, far) = (2 * at, 2 * (at + WORDS));
+        // SAFETY: `at + BLOCK <= len_elems` elements are inside every term.
+        let load = |term: &*const u8, offset| unsafe {
+            let [a, b] = unpack::<FORMAT>(_mm256_loadu_si256(term.add(offset).cast()));
+            if SCALE { [_mm256_mul_ps(a, number), _mm256_mul_ps(b, number)] } else { [a, b] }
+        };
+        let (mut acc_near, mut acc_far) = (load(first, near), load(first, far));
+        for term in others {
+            let (term_near, term_far) = (load(term, near), load(term, far));
+            acc_near = [fold::<OP>(acc_near[0], term_near[0]), fold::<OP>(acc_near[1], term_near[1])];
+            acc_far = [fold::<OP>(acc_far[0], term_far[0]), fold::<OP>(acc_far[1], term_far[1])];
+        }
+        if DIVIDE {
+            acc_near = [_mm256_div_ps(acc_near[0], number), _mm256_div_ps(acc_near[1], number)];
+            acc_far = [_mm256_div_ps(acc_far[0], number), _mm256_div_ps(acc_far[1], number)];
+        }
+        let (near_words, far_words) = (pack::<FORMAT>(acc_near), pack::<FORMAT>(acc_far));
+        for dest in dests {
+            // SAFETY: as above, for every destination; every term of the block was read.
+            unsafe {
+                _mm256_storeu_si256(dest.add(near).cast(), near_words);
+                _mm256_storeu_si256(dest.add(far).cast(), far_words);
+            }
+        }
+    }
+    whole
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn fold<const OP: u8>(a: __m256, b: __m256) -> __m256 {
+    if OP == ADD {
+        return _mm256_add_ps(a, b);
+    }
+    let (prefer_a, equal) = match OP {
+        MIN => (_mm256_cmp_ps::<_CMP_LT_OQ>(a, b), _mm256_or_ps(a, b)), // -0.0 wins
+        _ => (_mm256_cmp_ps::<_CMP_GT_OQ>(a, b), _mm256_and_ps(a, b)),  // +0.0 wins
+    };
+    let chosen = _mm256_blendv_ps(b, a, prefer_a);
+    let ordered = _mm256_blendv_ps(chosen, equal, _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b));
+    // A NaN in `b` was chosen above, because nothing compares with it.
+    _mm256_blendv_ps(ordered, a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a))
+}
+
+/// Even and odd elements of bf16, lower and upper half of f16.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn unpack<const FORMAT: u8>(words: __m256i) -> Wide {
+    if FORMAT == F16 {
+        let (lower, upper) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        return [_mm256_cvtph_ps(lower), _mm256_cvtph_ps(upper)];
+    }
+    let upper_words = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+    let (even, odd) = (_mm256_slli_epi32::<16>(words), _mm256_and_si256(words, upper_words));
+    [_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)]
+}
+
+/// Nearest, ties to even.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn pack<const FORMAT: u8>(wide: Wide) -> __m256i {
+    if FORMAT == F16 {
+        let lower = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[0]);
+        let upper = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[1]);
+        return _mm256_set_m128i(upper, lower);
+    }
+    let (even, odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
+    const ODD_WORDS: i32 = 0b1010_1010;
+    _mm256_blend_epi16::<ODD_WORDS>(_mm256_srli_epi32::<16>(even), odd)
+}
+
+/// A bf16 in the upper half of each lane; the lower half is anything.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn round_to_bf16(wide: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(wide);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
+    let nan = _mm256_or_si256(sign, _mm256_set1_epi32(0x7fc0_0000));
+    let is_nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(wide, wide);
+    _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(nan), is_nan))
+}
