@@ -5,8 +5,8 @@ use std::arch::x86_64::{
     __m256, __m256i, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_FROUND_TO_NEAREST_INT, _mm256_add_epi32,
     _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_blend_epi16, _mm256_blendv_ps, _mm256_castps_si256,
     _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_div_ps,
-    _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_ps, _mm256_or_si256, _mm256_set_m128i,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_si256,
+    _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_movemask_ps, _mm256_mul_ps, _mm256_or_ps, _mm256_or_si256,
+    _mm256_set_m128i, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_si256,
 };
 
 use super::combine::Combine;
@@ -130,20 +130,30 @@ fn pack<const FORMAT: u8>(wide: Wide) -> __m256i {
         let upper = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[1]);
         return _mm256_set_m128i(upper, lower);
     }
-    let (even, odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
+    let (mut even, mut odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
+    // Rare: so a branch for both rather than a blend for each.
+    if _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(wide[0], wide[1])) != 0 {
+        (even, odd) = (with_quiet_nans(even, wide[0]), with_quiet_nans(odd, wide[1]));
+    }
     const ODD_WORDS: i32 = 0b1010_1010;
     _mm256_blend_epi16::<ODD_WORDS>(_mm256_srli_epi32::<16>(even), odd)
 }
 
-/// A bf16 in the upper half of each lane; the lower half is anything.
+/// A bf16 in the upper half of each lane that is no NaN; the lower half is anything.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn round_to_bf16(wide: __m256) -> __m256i {
     let bits = _mm256_castps_si256(wide);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
-    let nan = _mm256_or_si256(sign, _mm256_set1_epi32(0x7fc0_0000));
+    _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
+}
+
+/// `rounded` where `wide` is no NaN, else the quiet NaN of its sign.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn with_quiet_nans(rounded: __m256i, wide: __m256) -> __m256i {
+    let sign = _mm256_and_si256(_mm256_castps_si256(wide), _mm256_set1_epi32(i32::MIN));
+    let nan = _mm256_castsi256_ps(_mm256_or_si256(sign, _mm256_set1_epi32(0x7fc0_0000)));
     let is_nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(wide, wide);
-    _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(nan), is_nan))
+    _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan))
 }
