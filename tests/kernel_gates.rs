@@ -2,6 +2,7 @@
 //! where the toolkit is (`CUDA_HOME`, `CUDA_PATH`, beside `NVCC`, or `PATH`; CI installs it). Presence and upper bounds are
 //! pinned, not counts: a compiler may do better.
 
+use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -146,6 +147,7 @@ fn output_of(command: &mut Command) -> String {
     text
 }
 
+/// Prints the machine code of every kernel in figures (`--nocapture`): those of BENCHMARKS.md.
 #[test]
 fn machine_code_spills_nothing_and_keeps_within_its_registers() {
     let Some(ptxas) = tool("ptxas") else {
@@ -153,6 +155,8 @@ fn machine_code_spills_nothing_and_keeps_within_its_registers() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
+    println!("| kernel ({TOLD}) | registers | instructions | loads | of 16 B | stores | of 16 B |");
+    println!("|---|---:|---:|---:|---:|---:|---:|");
     for (name, text) in kernels::ALL {
         let source = folder.path().join(format!("{name}.ptx"));
         fs::write(&source, text).unwrap();
@@ -160,7 +164,7 @@ fn machine_code_spills_nothing_and_keeps_within_its_registers() {
             let cubin = source.with_extension(arch);
             let report = output_of(Command::new(&ptxas).args(["-v", "-arch", arch, "-o"]).arg(&cubin).arg(&source));
             let mut kernel = "";
-            let mut measured = 0;
+            let mut measured = HashMap::new();
             for line in report.lines() {
                 if let Some(rest) = line.split("entry function '").nth(1) {
                     kernel = rest.split('\'').next().unwrap_or("");
@@ -171,13 +175,16 @@ fn machine_code_spills_nothing_and_keeps_within_its_registers() {
                     let registers: u32 = rest.split(' ').next().unwrap().parse().unwrap();
                     let bound = BULK.iter().chain(&SMALL).find(|(known, _)| *known == kernel).unwrap().1;
                     assert!(registers <= bound, "{kernel} on {arch}: {registers} registers, at most {bound}");
-                    measured += 1;
+                    measured.insert(kernel, registers);
                 }
             }
-            assert_eq!(measured, text.matches(".visible .entry").count(), "{name} on {arch}: {report}");
+            assert_eq!(measured.len(), text.matches(".visible .entry").count(), "{name} on {arch}: {report}");
             if let Some(nvdisasm) = tool("nvdisasm") {
-                let checked = check_instructions(&output_of(Command::new(nvdisasm).arg("-c").arg(&cubin)), arch);
-                assert_eq!(checked, measured, "kernels of {name} on {arch}");
+                let disassembly = output_of(Command::new(nvdisasm).arg("-c").arg(&cubin));
+                assert_eq!(check_instructions(&disassembly, arch), measured.len(), "kernels of {name} on {arch}");
+                if arch == TOLD {
+                    tell(&disassembly, &measured);
+                }
             } else {
                 eprintln!("instructions of {name} on {arch} not checked: no nvdisasm beside ptxas or in PATH");
             }
@@ -185,11 +192,30 @@ fn machine_code_spills_nothing_and_keeps_within_its_registers() {
     }
 }
 
+/// The kernels of a module as `nvdisasm` shows them: name and text.
+fn kernels_of(disassembly: &str) -> impl Iterator<Item = (&str, &str)> + Clone {
+    let sections = disassembly.split(".section\t.text.").skip(1);
+    sections.map(|section| (section.split(',').next().unwrap_or(""), section))
+}
+
+/// The architecture whose figures are told.
+const TOLD: &str = "sm_90";
+
+fn tell(disassembly: &str, registers: &HashMap<&str, u32>) {
+    for (kernel, section) in kernels_of(disassembly) {
+        let code = section.lines().filter(|line| line.trim_start().starts_with("/*")).map(str::trim_end);
+        let code: Vec<&str> = code.filter(|line| line.contains(';')).collect();
+        let count = |instruction: &str| code.iter().filter(|line| line.contains(instruction)).count();
+        let [loads, loads_128, stores, stores_128] = ["LDG.", "LDG.E.128", "STG.", "STG.E.128"].map(count);
+        let registers = registers.get(kernel).copied().unwrap_or(0);
+        println!("| `{kernel}` | {registers} | {} | {loads} | {loads_128} | {stores} | {stores_128} |", code.len());
+    }
+}
+
 /// Checks what `nvdisasm` shows of one module; the number of its kernels.
 fn check_instructions(disassembly: &str, arch: &str) -> usize {
-    let sections = disassembly.split(".section\t.text.").skip(1);
-    sections.clone().for_each(|section| {
-        let kernel = section.split(',').next().unwrap_or("");
+    let sections = kernels_of(disassembly);
+    sections.clone().for_each(|(kernel, section)| {
         let has = |instruction: &str| section.contains(instruction);
         assert!(!has("LDL") && !has("STL"), "{kernel} on {arch} uses local memory");
         if is_collective(kernel) {
