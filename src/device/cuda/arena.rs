@@ -420,7 +420,11 @@ impl VirtualBlock {
             unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, DESCRIPTOR, 0) };
         self.device.check("cuMemExportToShareableHandle", made.result())?;
         // SAFETY: the driver has opened it for the caller, who owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // The driver promises nothing of what programs that this one starts inherit.
+        rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|errno| Error::io("closing a descriptor of memory on exec", errno))?;
+        Ok(descriptor)
     }
 }
 

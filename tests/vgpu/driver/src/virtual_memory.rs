@@ -86,7 +86,8 @@ pub(crate) fn export(handle: u64) -> Result<i32> {
                 "export of memory made without CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR",
             );
         }
-        Ok(physical.memory.try_clone().map_err(|_| Status::OPERATING_SYSTEM)?.into_raw_fd())
+        // Inherited by programs that this one starts: the manual does not say that it is not.
+        Ok(rustix::io::dup(&physical.memory).map_err(|_| Status::OPERATING_SYSTEM)?.into_raw_fd())
     })
 }
 

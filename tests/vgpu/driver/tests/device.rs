@@ -244,6 +244,15 @@ fn a_pool_gives_memory_out_again_behind_its_last_use() {
     });
 }
 
+#[test]
+fn a_descriptor_of_memory_is_closed_on_exec() {
+    on_virtual_gpu("a_descriptor_of_memory_is_closed_on_exec", &[], || {
+        let arena = Arena::new(&device(0), 1, Sharing::Descriptor).unwrap();
+        let Token::Descriptor(descriptor) = arena.export().unwrap().token else { panic!("not a descriptor") };
+        assert_eq!(rustix::io::fcntl_getfd(&descriptor).unwrap(), rustix::io::FdFlags::CLOEXEC);
+    });
+}
+
 // ---- what goes wrong ---------------------------------------------------------------------------------------------------
 
 #[test]
