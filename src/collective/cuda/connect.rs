@@ -233,7 +233,7 @@ impl Meeting<'_> {
         let (world, rank, world_size) = (self.world, self.world.rank(), self.world.world_size());
         let reached: Vec<bool> = opened.iter().map(Option::is_some).collect();
         let reached = gather(world, &reached, self.timeout)?;
-        let reaches = |a: u32, b: u32| reached[a as usize][b as usize] && reached[b as usize][a as usize];
+        let reaches = |a: u32, b: u32| [(a, b), (b, a)].iter().all(|pair| told(&reached, *pair).unwrap_or(false));
         let stream = together(world, Stream::new(self.device, "probe", Priority::High), self.timeout)?;
         let mut found: Vec<Option<Link>> = self.ranks().map(|peer| (peer != rank).then_some(Link::NoAccess)).collect();
         // In round k the ranks a and k - a are a pair.
@@ -259,7 +259,7 @@ impl Meeting<'_> {
         let side = |a: u32, b: u32| match [a, b].map(|rank| layout.leader(rank)) {
             _ if !reaches(a, b) => Link::NoAccess,
             [of_a, of_b] if of_a == of_b => Link::Sound,
-            [of_a, of_b] => all[of_a as usize][of_b as usize].map_or(Link::NoAccess, decode),
+            [of_a, of_b] => told(&all, (of_a, of_b)).flatten().map_or(Link::NoAccess, decode),
         };
         let pair = |a: u32, b: u32| match (side(a, b), side(b, a)) {
             _ if a == b => None,
@@ -342,6 +342,11 @@ pub(super) fn upload(device: &Device, bytes: &[u8]) -> Result<Buffer> {
     buffer.write(bytes, &stream)?;
     stream.synchronize(PROBE_PATIENCE)?;
     Ok(buffer)
+}
+
+/// What rank `a` told of rank `b`, if it did.
+fn told<T: Copy>(all: &[Vec<T>], (a, b): (u32, u32)) -> Option<T> {
+    all.get(a as usize)?.get(b as usize).copied()
 }
 
 fn encode(link: Link) -> (u32, u64, u64) {
