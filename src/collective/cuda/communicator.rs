@@ -106,14 +106,24 @@ impl Communicator {
         };
         // From here on a failure gives the area back as a communicator does.
         let mut leaver = Leaver { world: world.clone(), group, region, leaves: true };
-        let connection = meeting.connect()?;
-        let made = Self::over(world, kernels, options, timeout, group, region, connection);
-        let made = together(world, made, world.options().timeout)?;
-        leaver.leaves = false; // from now on the communicator does
+        let mut connection = Some(meeting.connect()?);
+        let channels = connection.as_ref().map_or(1, |connection| connection.geometry.channels);
+        let mut made = Self::over(world, kernels, options, timeout, group, region, channels);
+        if let Ok(made) = &mut made {
+            made.connection = connection.take();
+            leaver.leaves = false; // from now on the communicator does, also where another rank has none
+        }
+        let made = together(world, made, world.options().timeout);
+        if let Some(unused) = connection {
+            // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
+            unused.close(world, unsafe { Page::of(region, 0) });
+        }
+        let made = made?;
         made.tell();
         Ok(made)
     }
 
+    /// All but the connection.
     fn over(
         world: &World,
         kernels: &Kernels,
@@ -121,11 +131,11 @@ impl Communicator {
         timeout: Duration,
         group: u32,
         region: Region,
-        connection: Connection,
+        channels: u32,
     ) -> Result<Communicator> {
         let device = kernels.device();
         // SAFETY: the region is that of the group just claimed; communicator and monitor, who look at it, hold the world.
-        let records = unsafe { Records::new(device, connection.geometry.channels, world.rank(), region, timeout) }?;
+        let records = unsafe { Records::new(device, channels, world.rank(), region, timeout) }?;
         let records = Arc::new(records);
         let outpost: Arc<dyn Outpost> = records.clone();
         world.watch(&outpost);
@@ -140,7 +150,7 @@ impl Communicator {
             kernels: kernels.clone(),
             options,
             timeout,
-            connection: Some(connection),
+            connection: None,
             records,
             sequence: 0,
             last: None,
@@ -545,6 +555,11 @@ impl std::fmt::Debug for Communicator {
 
 // ---- leaving ---------------------------------------------------------------------------------------------------------
 
+/// Whether `stream` comes to its end by `patience` from now. That of a device that has failed has: it runs nothing.
+fn ends(stream: &Stream, patience: Duration) -> bool {
+    !matches!(stream.synchronize(patience), Err(Error::Stream { .. }))
+}
+
 impl Communicator {
     /// Ends all waits of the operations on `last`, again and again: where they run by steps, peers may still count. Whether
     /// the stream came to its end.
@@ -552,12 +567,17 @@ impl Communicator {
         let start = Instant::now();
         while start.elapsed() < GRACE {
             self.records.abort();
-            // A device that has failed runs nothing.
-            if !matches!(last.synchronize(Duration::from_millis(10)), Err(Error::Stream { .. })) {
+            if ends(last, Duration::from_millis(10)) {
                 return true;
             }
         }
         false
+    }
+
+    /// Keeps for ever what kernels may still use. To free it would be to wait for them.
+    fn abandon(&mut self) {
+        let on_device = [self.state.view(), self.tables.view()];
+        std::mem::forget((self.connection.take(), on_device, Arc::clone(&self.records), self.kernels.clone()));
     }
 }
 
@@ -570,17 +590,13 @@ impl Drop for Communicator {
         if let Some(last) = self.last.take() {
             let start = Instant::now();
             let patience = self.timeout.saturating_add(GRACE);
-            while self.world.fault().is_none() && start.elapsed() < patience {
-                if last.synchronize(Duration::from_millis(10)).is_ok() {
-                    break;
-                }
+            let mut has_ended = false;
+            while !has_ended && self.world.fault().is_none() && start.elapsed() < patience {
+                has_ended = ends(&last, Duration::from_millis(10));
             }
-            if let Err(error @ Error::Stream { .. }) = last.synchronize(Duration::ZERO)
-                && !self.abort(&last)
-            {
-                // Kernels may still run: nothing that they use may go.
-                tracing::warn!(rank = self.rank(), %error, "a communicator's memory is kept for ever");
-                std::mem::forget(self.connection.take());
+            if !has_ended && !self.abort(&last) {
+                tracing::warn!(rank = self.rank(), stream = last.name(), "a communicator's memory is kept for ever");
+                self.abandon();
                 leaver.leaves = false;
                 return;
             }

@@ -2,7 +2,7 @@
 
 use super::connect::upload;
 use crate::abi::collective::{Step, steps};
-use crate::device::cuda::{Buffer, Device};
+use crate::device::cuda::{Buffer, Device, View};
 use crate::error::Result;
 use crate::schedule::{Algorithm, Collective, Schedule};
 use crate::world::World;
@@ -32,6 +32,11 @@ impl Tables {
             }
         }
         Ok(Tables { memory: upload(device, bytemuck::cast_slice(&all))?, all, places })
+    }
+
+    /// What lies on the device.
+    pub(super) fn view(&self) -> View {
+        self.memory.view()
     }
 
     /// The table for `schedule`, and its address on the device.

@@ -1,6 +1,8 @@
 //! `annulus::collective::cuda` on virtual GPUs: every operation against the reference, by every transport, between threads
 //! and between processes; and what each rank is told when something goes wrong.
 
+#[path = "support/linger.rs"]
+mod linger;
 #[path = "support/log.rs"]
 mod log;
 #[path = "support/operations.rs"]
@@ -12,12 +14,15 @@ mod support;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use annulus::abi::{PROBE_THREADS, ProbeArguments};
 use annulus::collective::cuda::{Communicator, Options, Transport};
-use annulus::device::cuda::{Buffer, Link, Priority, Stream};
+use annulus::device::cuda::{Buffer, Link, Pinned, Priority, Shape, Stream};
 use annulus::schedule::{Algorithm, Collective};
 use annulus::world::{Environment, launch};
 use annulus::{DType, Error, ReduceOp, reference};
+use bytemuck::Zeroable;
 use half::bf16;
+use linger::{linger, release};
 use operations::{every_dtype, every_operation, reduced, ring};
 use ranks::{PATIENCE, Rank, inputs};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say};
@@ -226,6 +231,88 @@ fn arguments_that_cannot_be_are_refused_and_poison_nothing() {
             assert!(matches!(root, Err(Error::InvalidArgument { .. })), "{root:?}");
             communicator.barrier(stream).unwrap();
             communicator.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_communicator_that_one_rank_cannot_make_leaves_nothing_behind() {
+    on_virtual_gpu("a_communicator_that_one_rank_cannot_make_leaves_nothing_behind", TWO, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let device = rank.kernels.device();
+            let meet = || rank.world.barrier("of the test", PATIENCE).unwrap();
+            let free_bytes = || device.memory_bytes().unwrap().0;
+            let before = free_bytes();
+            let communicator = rank.communicator(Options::default());
+            let need_bytes = before - free_bytes();
+            drop(communicator);
+            assert_eq!(free_bytes(), before);
+            // All but the last of it fits on the device of rank 1.
+            let filled_bytes = if rank.number() == 1 { before - need_bytes + 1 } else { 1 };
+            let filler = Buffer::zeroed(device, DType::U8, usize::try_from(filled_bytes).unwrap()).unwrap();
+            let refused = Communicator::new(&rank.world, &rank.kernels, Options::default()).unwrap_err();
+            match rank.number() {
+                1 => assert!(matches!(refused, Error::NoSpace { .. }), "{refused:?}"),
+                _ => assert!(matches!(refused, Error::RankFailed { rank: 1, .. }), "{refused:?}"),
+            }
+            drop(filler);
+            assert_eq!(free_bytes(), before, "what rank {} had got", rank.number());
+            meet();
+            let communicator = rank.communicator(Options::default());
+            meet();
+            if rank.number() == 0 {
+                drop(communicator);
+                let other = rank.world.claim_group().unwrap();
+                assert_ne!(other, 0, "the area of a communicator that rank 1 still has");
+                rank.world.release_group(other).unwrap();
+                meet();
+            } else {
+                meet();
+                drop(communicator);
+            }
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn dropping_ends_though_a_kernel_does_not() {
+    on_virtual_gpu("dropping_ends_though_a_kernel_does_not", ONE, || {
+        launch::threads(1, |environment| {
+            let rank = Rank::join(environment);
+            let area = Pinned::zeroed(rank.kernels.device(), 6 * size_of::<u32>()).unwrap();
+            let options = Options { timeout: Some(Duration::from_millis(100)), ..Options::default() };
+            let mut communicator = rank.communicator(options);
+            linger(&rank.kernels, &rank.stream, area.address(), PATIENCE);
+            communicator.barrier(&rank.stream).unwrap();
+            let start = Instant::now();
+            drop(communicator);
+            assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
+            // Its own kernel comes after that, and finds all that it uses.
+            release(&area);
+            rank.stream.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn dropping_does_not_wait_for_a_device_that_has_failed() {
+    on_virtual_gpu("dropping_does_not_wait_for_a_device_that_has_failed", ONE, || {
+        launch::threads(1, |environment| {
+            let rank = Rank::join(environment);
+            let mut communicator = rank.communicator(Options::default());
+            communicator.barrier(&rank.stream).unwrap();
+            let shape = Shape { blocks: 1, threads: PROBE_THREADS, shared_bytes: 0, cooperative: false };
+            // SAFETY: none: what follows the kernel's fault is what is tested, and the driver is virtual.
+            unsafe { rank.kernels.launch("probe_peer", shape, &rank.stream, &ProbeArguments::zeroed()) }.unwrap();
+            let fault = rank.stream.synchronize(PATIENCE).unwrap_err();
+            assert!(matches!(fault, Error::KernelFault { .. }), "{fault:?}");
+            let start = Instant::now();
+            drop(communicator);
+            assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
         })
         .unwrap();
     });
