@@ -262,6 +262,7 @@ impl Communicator {
     /// As [`all_reduce`](Communicator::all_reduce).
     pub fn barrier(&mut self, stream: &Stream) -> Result<()> {
         let call = self.call(Kind::Barrier, DType::U8, 0, ReduceOp::Sum, 0)?;
+        self.check_stream(stream)?;
         self.launch(call, [0, 0], stream)
     }
 
@@ -319,6 +320,7 @@ impl Communicator {
                 });
             }
         }
+        self.check_stream(stream)?;
         // A graph may outlive the views. It is of no use without the communicator, whose records the kernels write, too.
         stream.keep(&(views.map(View::clone), Arc::clone(&self.records)));
         let [src, dst] = views.map(View::address);
@@ -333,7 +335,7 @@ impl Communicator {
         self.launch(call, addresses, stream)
     }
 
-    fn launch(&mut self, call: Descriptor, addresses: [u64; 2], stream: &Stream) -> Result<()> {
+    fn check_stream(&self, stream: &Stream) -> Result<()> {
         if !stream.device().is_same(&self.device) {
             return Err(Error::InvalidArgument {
                 argument: "stream of a collective",
@@ -341,11 +343,15 @@ impl Communicator {
                 accepted: "must be of the communicator's device",
             });
         }
-        let Some(connection) = &self.connection else { return Ok(()) };
-        if connection.way != Way::Persistent {
-            // The host has a part in it.
-            stream.check_eager(NOT_CAPTURED)?;
+        if self.way() == Way::Persistent {
+            return Ok(());
         }
+        // The host has a part in it.
+        stream.check_eager(NOT_CAPTURED)
+    }
+
+    fn launch(&mut self, call: Descriptor, addresses: [u64; 2], stream: &Stream) -> Result<()> {
+        let Some(connection) = &self.connection else { return Ok(()) };
         let plan = connection.geometry.plan(&call, self.world_size())?;
         let arguments = self.arguments(&call, &plan, connection, addresses);
         self.line_up(stream).map_err(|error| self.stopped(error))?;
