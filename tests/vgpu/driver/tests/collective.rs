@@ -10,8 +10,9 @@ mod operations;
 #[path = "support/ranks.rs"]
 mod ranks;
 mod support;
+#[path = "../../../together/mod.rs"]
+mod together;
 
-use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use annulus::abi::{PROBE_THREADS, ProbeArguments};
@@ -26,6 +27,7 @@ use linger::{linger, release};
 use operations::{every_dtype, every_operation, reduced, ring};
 use ranks::{PATIENCE, Rank, inputs};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say};
+use together::Together;
 
 const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
@@ -168,7 +170,7 @@ fn where_the_probe_loses_words_bytes_go_over_the_host() {
 #[test]
 fn a_rank_that_stalls_is_named_and_the_device_can_still_be_used() {
     on_virtual_gpu("a_rank_that_stalls_is_named_and_the_device_can_still_be_used", TWO, || {
-        let seen = Barrier::new(2);
+        let seen = Together::new(2);
         launch::threads(2, |environment| {
             let rank = Rank::join(environment);
             let options = Options { timeout: Some(Duration::from_millis(700)), ..Options::default() };
@@ -193,7 +195,7 @@ fn a_rank_that_stalls_is_named_and_the_device_can_still_be_used() {
 #[test]
 fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
     on_virtual_gpu("a_mismatch_is_told_on_every_rank_and_changes_nothing", THREE, || {
-        let done = Barrier::new(3);
+        let done = Together::new(3);
         launch::threads(3, |environment| {
             let rank = Rank::join(environment);
             let mut communicator = rank.communicator(Options::default());

@@ -1,14 +1,15 @@
 //! What a whole training step costs the host: it waits for nothing unless the caller reads a number, and once everything has
 //! been made neither the driver nor the heap is asked for memory. Eager and captured; batches included.
 
+#[path = "../../../counting/mod.rs"]
+mod counting;
 #[path = "support/linger.rs"]
 mod linger;
 mod support;
+#[path = "../../../together/mod.rs"]
+mod together;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeSet;
-use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use annulus::device::cuda::{Buffer, Driver, Event, Kernels, Pinned, Priority, Stream};
@@ -20,32 +21,7 @@ use annulus::telemetry::Timeline;
 use annulus::world::{Environment, launch};
 use annulus::{DType, Error, NormType};
 use support::on_virtual_gpu;
-
-/// Counts allocations of the program while it is asked to; the driver, a library, has an allocator of its own.
-struct Counting;
-
-static IS_COUNTING: AtomicBool = AtomicBool::new(false);
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-static LAST_BYTES: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if IS_COUNTING.load(Ordering::Relaxed) {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-            LAST_BYTES.store(layout.size(), Ordering::Relaxed);
-        }
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use together::Together;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const WARM_UP: usize = 6;
@@ -141,7 +117,7 @@ impl<S: Strategy> Trainer<S> {
 
     /// Steps in their steady state; what the driver was asked for meanwhile, and how often the heap. The caller reads a number
     /// behind each step: so the device is never further behind than in training that logs one.
-    fn steady(&mut self, barrier: &Barrier) -> (BTreeSet<String>, usize) {
+    fn steady(&mut self, barrier: &Together) -> (BTreeSet<String>, usize) {
         let mut batches: Vec<Tensor> = (0..WARM_UP + STEPS).map(batch).collect();
         for batch in batches.split_off(STEPS) {
             self.step(batch).get(PATIENCE).unwrap();
@@ -149,9 +125,8 @@ impl<S: Strategy> Trainer<S> {
         self.strategy.synchronize().unwrap();
         barrier.wait();
         let calls_before = calls().len();
-        if barrier.wait().is_leader() {
-            ALLOCATIONS.store(0, Ordering::SeqCst);
-            IS_COUNTING.store(true, Ordering::SeqCst);
+        if barrier.wait() {
+            counting::start();
         }
         barrier.wait();
         for batch in batches {
@@ -159,11 +134,11 @@ impl<S: Strategy> Trainer<S> {
             assert!(norm.get(PATIENCE).unwrap() > 0.0);
         }
         barrier.wait();
-        IS_COUNTING.store(false, Ordering::SeqCst);
+        counting::stop();
         barrier.wait();
         let calls = calls().split_off(calls_before).into_iter().collect();
         barrier.wait();
-        (calls, ALLOCATIONS.load(Ordering::SeqCst))
+        (calls, counting::allocations())
     }
 
     /// Whole steps on a device that does not get on: every call returns all the same.
@@ -192,13 +167,13 @@ fn calls() -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-fn check<S: Strategy>(strategy: S, is_captured: bool, barrier: &Barrier, what: &str) {
+fn check<S: Strategy>(strategy: S, is_captured: bool, barrier: &Together, what: &str) {
     let mut trainer = Trainer::new(strategy, is_captured);
     let (calls, allocations) = trainer.steady(barrier);
     let others: Vec<&String> = calls.iter().filter(|call| !ALLOWED.contains(&call.as_str())).collect();
     assert!(others.is_empty(), "{what}: the driver was also asked for {others:?}");
     assert!(calls.contains(if is_captured { "cuGraphLaunch" } else { "cuLaunchKernel" }), "{what}: {calls:?}");
-    assert_eq!(allocations, 0, "{what}: allocations on the heap, the last of {LAST_BYTES:?} bytes");
+    assert_eq!(allocations, 0, "{what}: allocations on the heap, the largest of {} bytes", counting::largest_bytes());
     trainer.run_ahead();
     barrier.wait();
     trainer.strategy.teardown(PATIENCE).unwrap();
@@ -221,8 +196,8 @@ fn on_devices(test: &str, is_captured: bool) {
     on_virtual_gpu(test, &variables, || {
         for precision in [Precision::F32True, Precision::F16Mixed] {
             let single = SingleDevice::setup_environment(Environment::single(), options(0, precision)).unwrap();
-            check(single, is_captured, &Barrier::new(1), &format!("{precision}, one device"));
-            let barrier = Barrier::new(2);
+            check(single, is_captured, &Together::new(1), &format!("{precision}, one device"));
+            let barrier = Together::new(2);
             launch::threads(2, |environment| {
                 let options = options(environment.rank, precision);
                 let ddp = Ddp::setup_environment(environment, options).unwrap();
@@ -293,17 +268,17 @@ fn what_is_counted_is_seen() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("calls");
     on_virtual_gpu("what_is_counted_is_seen", &[("ANNULUS_VGPU_CALLS", file.to_str().unwrap())], || {
-        IS_COUNTING.store(true, Ordering::SeqCst);
+        counting::start();
         let device = Driver::open().unwrap().device(0).unwrap();
         let stream = Stream::new(&device, "test", Priority::Normal).unwrap();
         let buffer = Buffer::zeroed(&device, DType::F32, 4).unwrap();
         buffer.read::<f32>(&stream, PATIENCE).unwrap();
         drop(buffer);
-        IS_COUNTING.store(false, Ordering::SeqCst);
+        counting::stop();
         let calls = calls();
         for call in ["cuMemAlloc_v2", "cuStreamQuery", "cuMemcpyDtoH_v2", "cuMemFree_v2"] {
             assert!(calls.iter().any(|one| one == call) && !ALLOWED.contains(&call), "{call}: {calls:?}");
         }
-        assert!(ALLOCATIONS.load(Ordering::SeqCst) > 0);
+        assert!(counting::allocations() > 0);
     });
 }
