@@ -17,7 +17,7 @@ use half::{bf16, f16};
 use super::lane::{Lane, WIDTH};
 use super::simd::{self, Loop};
 #[cfg(target_arch = "x86_64")]
-use super::{half256, half512};
+use super::{half_blocks, half256, half512};
 use crate::dtype::{DType, ReduceOp};
 #[cfg(target_arch = "x86_64")]
 use crate::schedule::MAX_WORLD_SIZE;
@@ -85,14 +85,14 @@ unsafe fn reduce_half_blocks<T: Lane>(how: Combine, terms: &[*const u8], dests: 
     unsafe {
         match simd::level() {
             simd::AVX512 if len_elems < half512::BLOCK => 0,
-            simd::AVX512 if is_f16 => half512::reduce_blocks::<{ half512::F16 }>(how, terms, dests, len_elems),
+            simd::AVX512 if is_f16 => half512::reduce_blocks::<{ half_blocks::F16 }>(how, terms, dests, len_elems),
             simd::AVX512 if is_x86_feature_detected!("avx512bf16") => {
-                half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, terms, dests, len_elems)
+                half512::reduce_blocks::<{ half_blocks::BF16_NATIVE }>(how, terms, dests, len_elems)
             }
-            simd::AVX512 => half512::reduce_blocks::<{ half512::BF16 }>(how, terms, dests, len_elems),
+            simd::AVX512 => half512::reduce_blocks::<{ half_blocks::BF16 }>(how, terms, dests, len_elems),
             simd::AVX2 if len_elems < half256::BLOCK => 0,
-            simd::AVX2 if is_f16 => half256::reduce_blocks::<{ half256::F16 }>(how, terms, dests, len_elems),
-            simd::AVX2 => half256::reduce_blocks::<{ half256::BF16 }>(how, terms, dests, len_elems),
+            simd::AVX2 if is_f16 => half256::reduce_blocks::<{ half_blocks::F16 }>(how, terms, dests, len_elems),
+            simd::AVX2 => half256::reduce_blocks::<{ half_blocks::BF16 }>(how, terms, dests, len_elems),
             _ => 0,
         }
     }
@@ -231,8 +231,10 @@ mod tests {
                     let done = unsafe {
                         let dests = [narrower.as_mut_ptr().cast()];
                         match T::DTYPE {
-                            DType::F16 => half256::reduce_blocks::<{ half256::F16 }>(how, &pointers, &dests, a.len()),
-                            _ => half256::reduce_blocks::<{ half256::BF16 }>(how, &pointers, &dests, a.len()),
+                            DType::F16 => {
+                                half256::reduce_blocks::<{ half_blocks::F16 }>(how, &pointers, &dests, a.len())
+                            }
+                            _ => half256::reduce_blocks::<{ half_blocks::BF16 }>(how, &pointers, &dests, a.len()),
                         }
                     };
                     assert_eq!(done, a.len() / half256::BLOCK * half256::BLOCK);
@@ -272,8 +274,8 @@ mod tests {
         let [mut native, mut integer] = [vec![0_u16; a.len()], vec![0_u16; a.len()]];
         // SAFETY: as in `halves_match_the_portable_loop`; the processor's features were tested.
         unsafe {
-            half512::reduce_blocks::<{ half512::BF16_NATIVE }>(how, &terms, &[native.as_mut_ptr().cast()], a.len());
-            half512::reduce_blocks::<{ half512::BF16 }>(how, &terms, &[integer.as_mut_ptr().cast()], a.len());
+            half512::reduce_blocks::<{ half_blocks::BF16_NATIVE }>(how, &terms, &[native.as_mut_ptr().cast()], a.len());
+            half512::reduce_blocks::<{ half_blocks::BF16 }>(how, &terms, &[integer.as_mut_ptr().cast()], a.len());
         }
         assert_eq!(native, integer);
     }

@@ -21,91 +21,21 @@ use std::arch::x86_64::{
 };
 
 use super::combine::Combine;
+use super::half_blocks::{ADD, BF16_NATIVE, F16, MAX, MIN, half_blocks};
 use crate::dtype::ReduceOp;
 
-/// Elements of a register of 16-bit words.
-const WORDS: usize = 32;
-/// Elements of a block: two registers, two cache lines.
-pub(super) const BLOCK: usize = 2 * WORDS;
-
-pub(super) const BF16: u8 = 0;
-pub(super) const F16: u8 = 1;
-/// bf16 on processors that round to it in one instruction.
-pub(super) const BF16_NATIVE: u8 = 2;
-
-const ADD: u8 = 0;
-const MIN: u8 = 1;
-const MAX: u8 = 2;
+half_blocks!(
+    "avx512f,avx512bw,avx512dq",
+    32,
+    _mm512_loadu_si512,
+    _mm512_storeu_si512,
+    _mm512_set1_ps,
+    _mm512_mul_ps,
+    _mm512_div_ps
+);
 
 /// A term: 32 elements in f32, in the order of [`unpack`].
 type Wide = [__m512; 2];
-
-/// Reduces the leading whole blocks of `terms` into `dests` and returns how many elements that were.
-///
-/// # Safety
-/// As for [`super::combine::combine`], with elements of `FORMAT`; the processor has AVX-512 F, BW and DQ; for
-/// [`BF16_NATIVE`] BF16, too.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-pub(super) unsafe fn reduce_blocks<const FORMAT: u8>(
-    how: Combine,
-    terms: &[*const u8],
-    dests: &[*mut u8],
-    len_elems: usize,
-) -> usize {
-    let (one, count) = (1.0, how.world_size as f32);
-    // SAFETY: the caller's promises.
-    unsafe {
-        match how.op {
-            ReduceOp::Sum => blocks::<FORMAT, ADD, false, false>(terms, dests, len_elems, one),
-            ReduceOp::Avg => blocks::<FORMAT, ADD, false, true>(terms, dests, len_elems, count),
-            ReduceOp::PremulSum(factor) => blocks::<FORMAT, ADD, true, false>(terms, dests, len_elems, factor as f32),
-            ReduceOp::Min => blocks::<FORMAT, MIN, false, false>(terms, dests, len_elems, one),
-            ReduceOp::Max => blocks::<FORMAT, MAX, false, false>(terms, dests, len_elems, one),
-        }
-    }
-}
-
-/// # Safety
-/// As for [`reduce_blocks`]. `number` is the factor if `SCALE`, the divisor if `DIVIDE`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-unsafe fn blocks<const FORMAT: u8, const OP: u8, const SCALE: bool, const DIVIDE: bool>(
-    terms: &[*const u8],
-    dests: &[*mut u8],
-    len_elems: usize,
-    number: f32,
-) -> usize {
-    let Some((first, others)) = terms.split_first() else { return 0 };
-    let number = _mm512_set1_ps(number);
-    let whole = len_elems / BLOCK * BLOCK;
-    for at in (0..whole).step_by(BLOCK) {
-        // Both lines are read from every term before either is written: twice as many fetches under way.
-        let (near, far) = (2 * at, 2 * (at + WORDS));
-        // SAFETY: `at + BLOCK <= len_elems` elements are inside every term.
-        let load = |term: &*const u8, offset| unsafe {
-            let [a, b] = unpack::<FORMAT>(_mm512_loadu_si512(term.add(offset).cast()));
-            if SCALE { [_mm512_mul_ps(a, number), _mm512_mul_ps(b, number)] } else { [a, b] }
-        };
-        let (mut acc_near, mut acc_far) = (load(first, near), load(first, far));
-        for term in others {
-            let (term_near, term_far) = (load(term, near), load(term, far));
-            acc_near = [fold::<OP>(acc_near[0], term_near[0]), fold::<OP>(acc_near[1], term_near[1])];
-            acc_far = [fold::<OP>(acc_far[0], term_far[0]), fold::<OP>(acc_far[1], term_far[1])];
-        }
-        if DIVIDE {
-            acc_near = [_mm512_div_ps(acc_near[0], number), _mm512_div_ps(acc_near[1], number)];
-            acc_far = [_mm512_div_ps(acc_far[0], number), _mm512_div_ps(acc_far[1], number)];
-        }
-        let (near_words, far_words) = (pack::<FORMAT>(acc_near), pack::<FORMAT>(acc_far));
-        for dest in dests {
-            // SAFETY: as above, for every destination; every term of the block was read.
-            unsafe {
-                _mm512_storeu_si512(dest.add(near).cast(), near_words);
-                _mm512_storeu_si512(dest.add(far).cast(), far_words);
-            }
-        }
-    }
-    whole
-}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]

@@ -28,6 +28,8 @@ mod executor;
 mod half256;
 #[cfg(target_arch = "x86_64")]
 mod half512;
+#[cfg(target_arch = "x86_64")]
+mod half_blocks;
 mod lane;
 mod operands;
 mod operation;

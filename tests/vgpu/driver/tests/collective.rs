@@ -12,6 +12,8 @@ mod ranks;
 mod support;
 #[path = "../../../together/mod.rs"]
 mod together;
+#[path = "support/trouble.rs"]
+mod trouble;
 
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,7 @@ use operations::{every_dtype, every_operation, reduced, ring};
 use ranks::{PATIENCE, Rank, inputs};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say};
 use together::Together;
+use trouble::{a_mismatch_changes_nothing, fails_as_it_runs, is_poisoned_and_usable};
 
 const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
@@ -184,9 +187,7 @@ fn a_rank_that_stalls_is_named_and_the_device_can_still_be_used() {
                 buffer.check(&rank, &[1.0f32; 100], "a buffer whose operation failed");
             }
             seen.wait();
-            let poisoned = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap_err();
-            assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
-            assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
+            is_poisoned_and_usable(&rank, &mut communicator);
         })
         .unwrap();
     });
@@ -195,23 +196,8 @@ fn a_rank_that_stalls_is_named_and_the_device_can_still_be_used() {
 #[test]
 fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
     on_virtual_gpu("a_mismatch_is_told_on_every_rank_and_changes_nothing", THREE, || {
-        let done = Together::new(3);
-        launch::threads(3, |environment| {
-            let rank = Rank::join(environment);
-            let mut communicator = rank.communicator(Options::default());
-            let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
-            let buffer = rank.framed(&elements, 0);
-            communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
-            let error = communicator.synchronize(PATIENCE).unwrap_err();
-            assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
-            let text = error.to_string();
-            for quoted in ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)", "rank 2"] {
-                assert!(text.contains(quoted), "{text}");
-            }
-            done.wait();
-            buffer.check(&rank, &elements, "a buffer of a mismatched call");
-        })
-        .unwrap();
+        let quoted = ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)"];
+        a_mismatch_changes_nothing(Rank::join, &Options::default(), fails_as_it_runs, quoted);
     });
 }
 

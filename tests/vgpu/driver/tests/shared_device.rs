@@ -7,19 +7,22 @@ mod ranks;
 mod support;
 #[path = "../../../together/mod.rs"]
 mod together;
+#[path = "support/trouble.rs"]
+mod trouble;
 
 use std::time::{Duration, Instant};
 
 use annulus::collective::cuda::{Communicator, Options, Transport, Way};
-use annulus::device::cuda::{Buffer, Priority, Stream};
+use annulus::device::cuda::{Priority, Stream, View};
 use annulus::schedule::{Algorithm, Collective};
-use annulus::world::launch;
-use annulus::{DType, Error, ReduceOp, reference};
+use annulus::world::{Environment, launch};
+use annulus::{Error, ReduceOp, reference};
 use half::bf16;
 use operations::{every_dtype, every_operation, reduced, ring};
 use ranks::{PATIENCE, Rank, inputs};
 use support::on_virtual_gpu;
 use together::Together;
+use trouble::{a_mismatch_changes_nothing, is_no_part_of_a_graph, is_poisoned_and_usable};
 
 const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
@@ -117,13 +120,6 @@ fn cause(error: Error) -> Error {
 }
 
 /// Afterwards every call is refused, and the device goes on.
-fn is_poisoned_and_usable(rank: &Rank, communicator: &mut Communicator) {
-    let late = rank.framed(&[1.0f32; 4], 0);
-    let poisoned = communicator.all_reduce(&late.view, ReduceOp::Sum, &rank.stream).unwrap_err();
-    assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
-    late.check(rank, &[1.0f32; 4], "a buffer of a refused call");
-    assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
-}
 
 #[test]
 fn a_rank_that_does_not_issue_is_named() {
@@ -194,27 +190,18 @@ fn a_rank_that_leaves_is_lost_to_those_who_wait_for_it() {
 #[test]
 fn a_mismatch_on_a_device_or_between_devices_changes_nothing() {
     on_virtual_gpu("a_mismatch_on_a_device_or_between_devices_changes_nothing", TWO, || {
+        let fails = |communicator: &mut Communicator, view: &View, stream: &Stream| {
+            let issued = communicator.all_reduce(view, ReduceOp::Sum, stream);
+            cause(issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err())
+        };
         // Rank 2 differs. It is alone on its device, or shares it with rank 0.
         for devices in [1, 2, 3] {
-            let done = Together::new(3);
-            launch::threads(3, |environment| {
+            let join = |environment: Environment| {
                 let device = if devices == 3 { u32::from(environment.rank == 2) } else { environment.rank % devices };
-                let rank = Rank::on(device, environment);
-                let mut communicator = rank.communicator(Options::default());
-                let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
-                let buffer = rank.framed(&elements, 0);
-                let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
-                let error = cause(issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err());
-                assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
-                let text = error.to_string();
-                for quoted in ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)", "rank 2"] {
-                    assert!(text.contains(quoted), "{text}");
-                }
-                done.wait();
-                buffer.check(&rank, &elements, "a buffer of a mismatched call");
-                is_poisoned_and_usable(&rank, &mut communicator);
-            })
-            .unwrap();
+                Rank::on(device, environment)
+            };
+            let quoted = ["all_reduce(100 x f32, sum)", "all_reduce(200 x f32, sum)"];
+            a_mismatch_changes_nothing(join, &Options::default(), fails, quoted);
         }
     });
 }
@@ -234,11 +221,7 @@ fn what_cannot_be_is_refused_on_every_rank_and_poisons_nothing() {
         .unwrap();
         launch::threads(2, |environment| {
             let rank = Rank::on(0, environment);
-            let mut communicator = rank.communicator(Options::default());
-            let captured = rank.stream.capture(|| communicator.barrier(&rank.stream));
-            assert!(matches!(captured, Err(Error::Capture { .. })), "{captured:?}");
-            communicator.barrier(&rank.stream).unwrap();
-            communicator.synchronize(PATIENCE).unwrap();
+            is_no_part_of_a_graph(&rank, &mut rank.communicator(Options::default()));
         })
         .unwrap();
     });

@@ -11,21 +11,24 @@ mod ranks;
 mod support;
 #[path = "../../../together/mod.rs"]
 mod together;
+#[path = "support/trouble.rs"]
+mod trouble;
 
 use std::time::{Duration, Instant};
 
-use annulus::collective::cuda::{Communicator, Options, Transport, Way};
-use annulus::device::cuda::{Buffer, Priority, Stream};
+use annulus::collective::cuda::{Options, Transport, Way};
+use annulus::device::cuda::{Priority, Stream};
 use annulus::schedule::{Algorithm, Collective};
 use annulus::strategy::{Accelerator, AdamW, Ddp, Nonfinite, Strategy, StrategyOptions};
 use annulus::world::{Environment, launch};
-use annulus::{DType, Error, NormType, ReduceOp};
+use annulus::{Error, NormType, ReduceOp};
 use half::bf16;
 use model::{Loss, Mlp, TIMEOUT, bits, ddp, samples};
 use operations::{every_operation, reduced};
 use ranks::{PATIENCE, Rank, inputs};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say};
 use together::Together;
+use trouble::{a_mismatch_changes_nothing, fails_as_it_runs, is_no_part_of_a_graph, is_poisoned_and_usable};
 
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
 const THREE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "3")];
@@ -130,14 +133,6 @@ fn long_vectors_take_several_channels_and_rounds() {
 
 // ---- what goes wrong ---------------------------------------------------------------------------------------------------
 
-fn is_poisoned_and_usable(rank: &Rank, communicator: &mut Communicator) {
-    let late = rank.framed(&[1.0f32; 4], 0);
-    let poisoned = communicator.all_reduce(&late.view, ReduceOp::Sum, &rank.stream).unwrap_err();
-    assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
-    late.check(rank, &[1.0f32; 4], "a buffer of a refused call");
-    assert!(Buffer::zeroed(rank.kernels.device(), DType::F32, 10).is_ok());
-}
-
 /// The second operation: the first one's waits are over. Another one is enqueued behind it.
 #[test]
 fn a_rank_that_stalls_is_named_and_all_streams_come_to_their_end() {
@@ -170,24 +165,8 @@ fn a_rank_that_stalls_is_named_and_all_streams_come_to_their_end() {
 fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
     on_virtual_gpu("a_mismatch_is_told_on_every_rank_and_changes_nothing", THREE, || {
         for algorithm in ALGORITHMS {
-            let done = Together::new(3);
-            launch::threads(3, |environment| {
-                let rank = Rank::join(environment);
-                let mut communicator = rank.communicator(stepped(algorithm));
-                let elements = vec![rank.number() as f32; if rank.number() == 2 { 200 } else { 100 }];
-                let buffer = rank.framed(&elements, 0);
-                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
-                let error = communicator.synchronize(PATIENCE).unwrap_err();
-                assert!(matches!(error, Error::Mismatch { sequence: 1, .. }), "{error:?}");
-                let text = error.to_string();
-                for quoted in ["all_reduce(100 x f32, sum", "all_reduce(200 x f32, sum", "rank 2"] {
-                    assert!(text.contains(quoted), "{text}");
-                }
-                done.wait();
-                buffer.check(&rank, &elements, "a buffer of a mismatched call");
-                is_poisoned_and_usable(&rank, &mut communicator);
-            })
-            .unwrap();
+            let quoted = ["all_reduce(100 x f32, sum", "all_reduce(200 x f32, sum"];
+            a_mismatch_changes_nothing(Rank::join, &stepped(algorithm), fails_as_it_runs, quoted);
         }
     });
 }
@@ -197,11 +176,7 @@ fn steps_are_no_part_of_a_graph() {
     on_virtual_gpu("steps_are_no_part_of_a_graph", TWO, || {
         launch::threads(2, |environment| {
             let rank = Rank::join(environment);
-            let mut communicator = rank.communicator(stepped(Algorithm::Direct));
-            let captured = rank.stream.capture(|| communicator.barrier(&rank.stream));
-            assert!(matches!(captured, Err(Error::Capture { .. })), "{captured:?}");
-            communicator.barrier(&rank.stream).unwrap();
-            communicator.synchronize(PATIENCE).unwrap();
+            is_no_part_of_a_graph(&rank, &mut rank.communicator(stepped(Algorithm::Direct)));
         })
         .unwrap();
     });
