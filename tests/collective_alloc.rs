@@ -18,7 +18,6 @@ use together::Together;
 const PATIENCE: Duration = Duration::from_secs(60);
 const WARM_UP: usize = 20;
 const STEPS: usize = 150;
-const ATTEMPTS: usize = 4;
 
 /// One of everything, at a size that goes in one step and one that does not.
 struct Steps {
@@ -104,27 +103,14 @@ fn allocations(algorithm: Option<Algorithm>) -> usize {
             // Streams go idle: a thread makes what it needs for waiting when it first waits. Monitors beat.
             std::thread::sleep(Duration::from_millis(4));
         }
-        // What a thread makes when it first waits, perhaps only now on a busy machine, it makes once: so it must come to zero.
-        for attempt in 1.. {
-            if together.wait() {
-                counting::start();
-            }
-            together.wait();
+        let counted = counting::allocations_of(&together, || {
             for step in 0..STEPS {
                 steps.step();
                 if step % 15 == 0 {
                     std::thread::sleep(Duration::from_millis(10));
                 }
             }
-            together.wait();
-            counting::stop();
-            together.wait();
-            if counting::allocations() == 0 || attempt == ATTEMPTS {
-                break;
-            }
-            together.wait();
-        }
-        let counted = counting::allocations();
+        });
         drop(steps);
         world.teardown(PATIENCE).unwrap();
         counted

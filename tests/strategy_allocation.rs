@@ -19,7 +19,6 @@ use together::Together;
 const TIMEOUT: Duration = Duration::from_secs(60);
 const WARM_UP: usize = 12;
 const STEPS: usize = 60;
-const ATTEMPTS: usize = 4;
 
 /// Runs `step` on every rank, a few times to warm up and then [`STEPS`] times; the allocations of the latter.
 fn allocations_of(barrier: &Together, mut step: impl FnMut()) -> usize {
@@ -28,22 +27,7 @@ fn allocations_of(barrier: &Together, mut step: impl FnMut()) -> usize {
         // Streams go idle: a thread makes what it needs for waiting when it first waits.
         std::thread::sleep(Duration::from_millis(3));
     }
-    // What a thread makes when it first waits, perhaps only now on a busy machine, it makes once: so it must come to zero.
-    for attempt in 1.. {
-        if barrier.wait() {
-            counting::start();
-        }
-        barrier.wait();
-        (0..STEPS).for_each(|_| step());
-        barrier.wait();
-        counting::stop();
-        barrier.wait();
-        if counting::allocations() == 0 || attempt == ATTEMPTS {
-            break;
-        }
-        barrier.wait();
-    }
-    counting::allocations()
+    counting::allocations_of(barrier, || (0..STEPS).for_each(|_| step()))
 }
 
 struct Layers(Vec<Parameter>);

@@ -6,6 +6,10 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::together::Together;
+
+const ATTEMPTS: usize = 4;
+
 static IS_COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 static LARGEST_BYTES: AtomicUsize = AtomicUsize::new(0);
@@ -30,6 +34,26 @@ pub fn allocations() -> usize {
 /// The largest that was allocated meanwhile.
 pub fn largest_bytes() -> usize {
     LARGEST_BYTES.load(Ordering::SeqCst)
+}
+
+/// What all of `together` allocate while each runs `steps`. What a thread makes when it first waits, perhaps only now on a busy
+/// machine, it makes once: so they run again until it is nothing, a few times.
+pub fn allocations_of(together: &Together, mut steps: impl FnMut()) -> usize {
+    for attempt in 1.. {
+        if together.wait() {
+            start();
+        }
+        together.wait();
+        steps();
+        together.wait();
+        stop();
+        together.wait();
+        if allocations() == 0 || attempt == ATTEMPTS {
+            break;
+        }
+        together.wait();
+    }
+    allocations()
 }
 
 struct Counting;
