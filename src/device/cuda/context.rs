@@ -118,6 +118,17 @@ impl Device {
             && self.attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)? != 0)
     }
 
+    /// Whether its streams wait for words of memory and write them: what orders ranks that share one device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn orders_by_memory(&self) -> Result<bool> {
+        // The attribute of the 64-bit ones: the second version of the 32-bit ones, which we use, has none and comes with them,
+        // and that of the first version is 0 unless an administrator turned it on (CUDA Driver API 11.8, 6.18).
+        let can = self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS)?;
+        Ok(can != 0)
+    }
+
     /// Free and total memory in bytes.
     ///
     /// # Errors

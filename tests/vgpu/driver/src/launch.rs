@@ -147,6 +147,9 @@ pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32)
 
 /// The reference says nothing of a location that is no multiple of 4; it is refused aloud.
 fn value_place(address: u64) -> Result<()> {
+    if !SETTINGS.orders_by_memory {
+        return Err(Status::NOT_SUPPORTED);
+    }
     if !address.is_multiple_of(4) {
         return refuse(Status::INVALID_VALUE, "a stream memory operation on a misaligned address");
     }

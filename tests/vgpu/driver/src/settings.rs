@@ -20,6 +20,8 @@ pub(crate) struct Settings {
     pub peers: Peers,
     /// VMM memory can be exported.
     pub shares_descriptors: bool,
+    /// Streams wait for values in memory and write them.
+    pub orders_by_memory: bool,
     pub lost: Option<PathBuf>,
     pub watchdog: Duration,
     /// Functions are loaded when they are needed.
@@ -40,11 +42,8 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
         Ok("all") | Err(_) => Peers::All,
         Ok(other) => refuse("ANNULUS_VGPU_PEERS", other),
     },
-    shares_descriptors: match std::env::var("ANNULUS_VGPU_DESCRIPTORS").as_deref() {
-        Ok("none") => false,
-        Ok("all") | Err(_) => true,
-        Ok(other) => refuse("ANNULUS_VGPU_DESCRIPTORS", other),
-    },
+    shares_descriptors: all_or_none("ANNULUS_VGPU_DESCRIPTORS"),
+    orders_by_memory: all_or_none("ANNULUS_VGPU_MEMORY_OPERATIONS"),
     lost: std::env::var_os("ANNULUS_VGPU_LOST").map(PathBuf::from),
     watchdog: Duration::from_millis(number("ANNULUS_VGPU_WATCHDOG_MS", 60_000)),
     loads_lazily: match std::env::var("CUDA_MODULE_LOADING").as_deref() {
@@ -56,6 +55,15 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
     tally: std::env::var_os("ANNULUS_VGPU_TALLY").map(PathBuf::from),
     one_at_a_time: number("ANNULUS_VGPU_ONE_AT_A_TIME", false),
 });
+
+/// Whether devices have a feature: they do, if nothing is said.
+fn all_or_none(variable: &str) -> bool {
+    match std::env::var(variable).as_deref() {
+        Ok("none") => false,
+        Ok("all") | Err(_) => true,
+        Ok(other) => refuse(variable, other),
+    }
+}
 
 fn number<T: std::str::FromStr>(variable: &str, default: T) -> T {
     match std::env::var(variable) {

@@ -68,6 +68,17 @@ fn no_device_is_an_error() {
 }
 
 #[test]
+fn devices_say_whether_memory_orders_their_streams() {
+    let name = "devices_say_whether_memory_orders_their_streams";
+    for variables in [&[][..], &[("ANNULUS_VGPU_MEMORY_OPERATIONS", "none")]] {
+        on_virtual_gpu(name, variables, || {
+            let can = std::env::var_os("ANNULUS_VGPU_MEMORY_OPERATIONS").is_none();
+            assert_eq!(device(0).orders_by_memory().unwrap(), can);
+        });
+    }
+}
+
+#[test]
 fn devices_have_names_that_last() {
     on_virtual_gpu("devices_have_names_that_last", TWO, || {
         let driver = Driver::open().unwrap();

@@ -110,7 +110,8 @@ extern "C" fn cuDeviceGetAttribute(value: Out<c_int>, attribute: u32, number: c_
             75 => 9,                // COMPUTE_CAPABILITY_MAJOR
             78 | 95 | 102 | 115 => 1, // priorities, cooperative, VMM, pools
             103 => SETTINGS.shares_descriptors.into(), // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
-            92 | 94 | 123 => 1,     // stream memory operations and their NOR
+            // Stream memory operations of 64 bits, and their NOR. 92 to 94 are of their first version: off by default.
+            122 | 123 => SETTINGS.orders_by_memory.into(),
             97 => SHARED_BYTES_PER_BLOCK_OPTIN as c_int, // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             81 => SHARED_BYTES_PER_MULTIPROCESSOR as c_int, // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
             106 => BLOCKS_PER_MULTIPROCESSOR as c_int, // MAX_BLOCKS_PER_MULTIPROCESSOR
