@@ -11,9 +11,14 @@ use std::fmt;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 use range_alloc::RangeAllocator;
 
+use super::bindings::{
+    cuCtxSynchronize, cuIpcCloseMemHandle, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuMemAddressFree,
+    cuMemAddressReserve, cuMemAlloc, cuMemCreate, cuMemExportToShareableHandle, cuMemFree,
+    cuMemGetAllocationGranularity, cuMemImportFromShareableHandle, cuMemMap, cuMemRelease, cuMemSetAccess, cuMemUnmap,
+};
 use super::buffer::{Buffer, Memory};
 use super::context::{Device, Uuid};
 use crate::dtype::DType;
@@ -98,8 +103,8 @@ impl Drop for Block {
         if let Block::Legacy { device, address } = self
             && device.bind().is_ok()
         {
-            // SAFETY: from `malloc_sync`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { result::free_sync(*address) };
+            // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { cuMemFree(*address) };
         }
     }
 }
@@ -121,9 +126,10 @@ impl Arena {
                 // Whole blocks of 2 MiB: smaller allocations may share one, and a handle covers all of it (CUDA C++
                 // Programming Guide, "Interprocess Communication").
                 let whole = round_up(len_bytes, 2 << 20)?;
-                // SAFETY: the memory is zeroed below, before anybody has its address.
-                let made = unsafe { result::malloc_sync(whole) };
-                let address = device.check_space("the arena on the device", whole, made)?;
+                let mut address = 0;
+                // SAFETY: writes one address; the memory is zeroed below, before anybody has it.
+                let made = unsafe { cuMemAlloc(&mut address, whole) };
+                device.check_space("the arena on the device", whole, made)?;
                 (Block::Legacy { device: device.clone(), address }, whole)
             }
         };
@@ -180,8 +186,7 @@ impl Arena {
             Block::Legacy { address, .. } => {
                 let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
                 // SAFETY: the base of an allocation that lives.
-                let made = unsafe { sys::cuIpcGetMemHandle(&mut handle, *address) }.result();
-                device.check("cuIpcGetMemHandle", made)?;
+                device.check(unsafe { cuIpcGetMemHandle(&mut handle, *address) })?;
                 Token::Handle(handle.reserved.map(|byte| byte as u8))
             }
             Block::Virtual(block) => Token::Descriptor(block.export()?),
@@ -256,8 +261,7 @@ impl PeerArena {
                 let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
                 let mut address = 0;
                 // SAFETY: the driver checks handles; the mapping is closed once, on drop.
-                let opened = unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, flags) }.result();
-                device.check("cuIpcOpenMemHandle", opened)?;
+                device.check(unsafe { cuIpcOpenMemHandle(&mut address, handle, flags) })?;
                 PeerMemory::Opened { device: device.clone(), address }
             }
             Token::Descriptor(descriptor) => {
@@ -308,7 +312,7 @@ impl Drop for PeerArena {
             && device.bind().is_ok()
         {
             // SAFETY: opened by `open` and closed once.
-            let _ = unsafe { sys::cuIpcCloseMemHandle(*address) };
+            let _ = unsafe { cuIpcCloseMemHandle(*address) };
         }
     }
 }
@@ -363,15 +367,14 @@ impl VirtualBlock {
         let mut granule = 0;
         let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
         // SAFETY: both pointers are to live values.
-        let asked = unsafe { sys::cuMemGetAllocationGranularity(&mut granule, &properties(device), option) }.result();
-        device.check("cuMemGetAllocationGranularity", asked)?;
+        device.check(unsafe { cuMemGetAllocationGranularity(&mut granule, &properties(device), option) })?;
         round_up(len_bytes, granule.max(1))
     }
 
     fn create(device: &Device, len_bytes: usize) -> Result<sys::CUmemGenericAllocationHandle> {
         let mut handle = 0;
         // SAFETY: both pointers are to live values.
-        let made = unsafe { sys::cuMemCreate(&mut handle, len_bytes, &properties(device), 0) }.result();
+        let made = unsafe { cuMemCreate(&mut handle, len_bytes, &properties(device), 0) };
         device.check_space("the arena on the device", len_bytes, made)?;
         Ok(handle)
     }
@@ -381,8 +384,7 @@ impl VirtualBlock {
         // The descriptor's number stands in place of the pointer.
         let number = std::ptr::without_provenance_mut(descriptor.as_raw_fd() as usize);
         // SAFETY: an open descriptor, of which the driver makes its own.
-        let imported = unsafe { sys::cuMemImportFromShareableHandle(&mut handle, number, DESCRIPTOR) }.result();
-        device.check("cuMemImportFromShareableHandle", imported)?;
+        device.check(unsafe { cuMemImportFromShareableHandle(&mut handle, number, DESCRIPTOR) })?;
         Ok(handle)
     }
 
@@ -392,11 +394,10 @@ impl VirtualBlock {
         // From here on dropping undoes what was done.
         let mut block = VirtualBlock { device, handle, address: 0, len_bytes, is_mapped: false };
         // SAFETY: writes one address.
-        let reserved = unsafe { sys::cuMemAddressReserve(&mut block.address, len_bytes, 0, 0, 0) }.result();
-        block.device.check("cuMemAddressReserve", reserved)?;
+        let reserved = unsafe { cuMemAddressReserve(&mut block.address, len_bytes, 0, 0, 0) };
+        block.device.check(reserved)?;
         // SAFETY: a range that was reserved just now, of the length of the memory.
-        let mapped = unsafe { sys::cuMemMap(block.address, len_bytes, 0, handle, 0) }.result();
-        block.device.check("cuMemMap", mapped)?;
+        block.device.check(unsafe { cuMemMap(block.address, len_bytes, 0, handle, 0) })?;
         block.is_mapped = true;
         block.allow(&block.device)?;
         Ok(block)
@@ -409,16 +410,14 @@ impl VirtualBlock {
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
         // SAFETY: one description, of the whole range, which is mapped.
-        let opened = unsafe { sys::cuMemSetAccess(self.address, self.len_bytes, &access, 1) }.result();
-        device.check("cuMemSetAccess", opened)
+        device.check(unsafe { cuMemSetAccess(self.address, self.len_bytes, &access, 1) })
     }
 
     fn export(&self) -> Result<OwnedFd> {
         let mut descriptor: std::ffi::c_int = -1;
         // SAFETY: for this kind of handle the driver writes one integer.
-        let made =
-            unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, DESCRIPTOR, 0) };
-        self.device.check("cuMemExportToShareableHandle", made.result())?;
+        let made = unsafe { cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, DESCRIPTOR, 0) };
+        self.device.check(made)?;
         // SAFETY: the driver has opened it for the caller, who owns it.
         let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
         // The driver promises nothing of what programs that this one starts inherit.
@@ -434,16 +433,17 @@ impl Drop for VirtualBlock {
             return;
         }
         // cuMemUnmap does not wait for kernels as cuMemFree does.
-        let _ = result::ctx::synchronize();
+        // SAFETY: the context is current.
+        let _ = unsafe { cuCtxSynchronize() };
         // SAFETY: undoes, once and in reverse, what `map` has done.
         unsafe {
             if self.is_mapped {
-                let _ = sys::cuMemUnmap(self.address, self.len_bytes);
+                let _ = cuMemUnmap(self.address, self.len_bytes);
             }
             if self.address != 0 {
-                let _ = sys::cuMemAddressFree(self.address, self.len_bytes);
+                let _ = cuMemAddressFree(self.address, self.len_bytes);
             }
-            let _ = sys::cuMemRelease(self.handle);
+            let _ = cuMemRelease(self.handle);
         }
     }
 }

@@ -5,8 +5,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{
+    cuMemAlloc, cuMemFree, cuMemFreeHost, cuMemHostAlloc, cuMemcpyDtoDAsync, cuMemcpyDtoH, cuMemcpyHtoD,
+    cuMemcpyHtoDAsync, cuMemsetD8Async, cuStreamSynchronize,
+};
 use super::context::Device;
 use super::stream::Stream;
 use crate::dtype::{DType, Element};
@@ -53,8 +57,8 @@ impl Memory for Private {
 impl Drop for Private {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            // SAFETY: from `malloc_sync`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { result::free_sync(self.address) };
+            // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { cuMemFree(self.address) };
         }
     }
 }
@@ -88,9 +92,10 @@ impl Buffer {
     pub fn zeroed(device: &Device, dtype: DType, len_elems: usize) -> Result<Buffer> {
         let len_bytes = dtype.bytes_of(len_elems)?.max(1); // the driver refuses to allocate nothing
         device.bind()?;
-        // SAFETY: the memory is zeroed below, before anybody has its address.
-        let made = unsafe { result::malloc_sync(len_bytes) };
-        let address = device.check_space("a buffer on the device", len_bytes, made)?;
+        let mut address = 0;
+        // SAFETY: writes one address; the memory is zeroed below, before anybody has it.
+        let made = unsafe { cuMemAlloc(&mut address, len_bytes) };
+        device.check_space("a buffer on the device", len_bytes, made)?;
         let buffer = Buffer::over(Arc::new(Private { device: device.clone(), address }), dtype, len_elems);
         // SAFETY: the whole of a fresh allocation.
         unsafe { device.zero(address, len_bytes) }?;
@@ -104,10 +109,10 @@ impl Buffer {
     pub fn filled<T: Element>(device: &Device, elements: &[T]) -> Result<Buffer> {
         let buffer = Buffer::zeroed(device, T::DTYPE, elements.len())?;
         // SAFETY: as many elements as the buffer has.
-        let copied = unsafe { result::memcpy_htod_sync(buffer.address(), elements) };
-        device.check("cuMemcpyHtoD", copied)?;
+        device.check(unsafe { cuMemcpyHtoD(buffer.address(), elements.as_ptr().cast(), size_of_val(elements)) })?;
         // The last of it may still be under way, in the default stream, which no stream of ours waits for.
-        device.check("cuCtxSynchronize", result::ctx::synchronize())?;
+        // SAFETY: the context's own default stream.
+        device.check(unsafe { cuStreamSynchronize(std::ptr::null_mut()) })?;
         Ok(buffer)
     }
 
@@ -297,8 +302,8 @@ impl View {
         access.check_eager("cuMemcpyHtoDAsync")?;
         // SAFETY: the memory has room for exactly these elements and lives as long as the view, which the driver does not
         // need beyond the call: freeing device memory waits for what uses it.
-        let copied = unsafe { result::memcpy_htod_async(self.address(), elements, access.raw()) };
-        stream.device().check("cuMemcpyHtoDAsync", copied)
+        let from = elements.as_ptr().cast();
+        stream.device().check(unsafe { cuMemcpyHtoDAsync(self.address(), from, self.len_bytes(), access.raw()) })
     }
 
     /// Waits for everything enqueued on `stream` and copies all elements to `elements`.
@@ -310,8 +315,8 @@ impl View {
         // First with a deadline: the copy's own wait has none.
         stream.synchronize(timeout)?;
         // SAFETY: as many elements as the view has; the call returns when they have arrived.
-        let copied = unsafe { result::memcpy_dtoh_sync(elements, self.address()) };
-        stream.device().check("cuMemcpyDtoH", copied)
+        let copied = unsafe { cuMemcpyDtoH(elements.as_mut_ptr().cast(), self.address(), self.len_bytes()) };
+        stream.device().check(copied)
     }
 
     /// Copies `src` in the order of `stream`, on the device.
@@ -327,9 +332,8 @@ impl View {
         access.keep(self);
         access.keep(src);
         // SAFETY: both are of this many bytes, and live as long as a graph that copies them.
-        let copied =
-            unsafe { result::memcpy_dtod_async(self.address(), src.address(), self.len_bytes(), access.raw()) };
-        stream.device().check("cuMemcpyDtoDAsync", copied)
+        let copied = unsafe { cuMemcpyDtoDAsync(self.address(), src.address(), self.len_bytes(), access.raw()) };
+        stream.device().check(copied)
     }
 
     /// Makes all bytes zero in the order of `stream`.
@@ -343,8 +347,7 @@ impl View {
         let access = stream.access()?;
         access.keep(self);
         // SAFETY: the whole of the view, which lives as long as a graph that zeroes it.
-        let zeroed = unsafe { result::memset_d8_async(self.address(), 0, self.len_bytes(), access.raw()) };
-        stream.device().check("cuMemsetD8Async", zeroed)
+        stream.device().check(unsafe { cuMemsetD8Async(self.address(), 0, self.len_bytes(), access.raw()) })
     }
 
     fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
@@ -408,20 +411,16 @@ impl Pinned {
         }
         device.bind()?;
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: the memory is zeroed below, before anybody has its address.
-        let made = unsafe { result::malloc_host(len_bytes, flags) };
-        let memory = match made {
-            Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                let have_bytes = crate::world::memory::available_bytes();
-                return Err(Error::NoSpace { what: "pinned host memory", need_bytes: len_bytes as u64, have_bytes });
-            }
-            other => device.check("cuMemHostAlloc", other)?,
-        };
-        let memory = NonNull::new(memory.cast::<u8>()).ok_or(Error::NoSpace {
-            what: "pinned host memory",
-            need_bytes: len_bytes as u64,
-            have_bytes: 0,
-        })?;
+        let no_space =
+            |have_bytes: u64| Error::NoSpace { what: "pinned host memory", need_bytes: len_bytes as u64, have_bytes };
+        let mut memory = std::ptr::null_mut();
+        // SAFETY: writes one address; the memory is zeroed below, before anybody has it.
+        let made = unsafe { cuMemHostAlloc(&mut memory, len_bytes, flags) };
+        if made.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
+            return Err(no_space(crate::world::memory::available_bytes()));
+        }
+        device.check(made)?;
+        let memory = NonNull::new(memory.cast::<u8>()).ok_or_else(|| no_space(0))?;
         // SAFETY: `len_bytes` fresh bytes.
         unsafe { memory.as_ptr().write_bytes(0, len_bytes) };
         Ok(Pinned { device: device.clone(), memory, len_bytes })
@@ -446,8 +445,8 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            // SAFETY: from `malloc_host`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
+            // SAFETY: from `cuMemHostAlloc`, freed once; the driver waits for kernels that use it.
+            let _ = unsafe { cuMemFreeHost(self.memory.as_ptr().cast()) };
         }
     }
 }

@@ -1,10 +1,15 @@
 //! Devices and their primary contexts.
 
+use std::ffi::{CStr, c_int};
 use std::fmt;
 use std::sync::Arc;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{
+    Answer, cuCtxSetCurrent, cuDeviceGet, cuDeviceGetAttribute, cuDeviceGetName, cuDeviceGetUuid,
+    cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRetain, cuMemGetInfo, cuMemsetD8, cuStreamSynchronize,
+};
 use super::fault::check;
 use crate::error::{Error, Result};
 
@@ -51,7 +56,7 @@ unsafe impl Sync for Core {}
 impl Drop for Core {
     fn drop(&mut self) {
         // SAFETY: `retain` took this reference, and whatever was made in the context is gone: it held the core.
-        let _ = unsafe { result::primary_ctx::release(self.device) }; // a lost device cannot be released
+        let _ = unsafe { cuDevicePrimaryCtxRelease(self.device) }; // a lost device cannot be released
     }
 }
 
@@ -59,12 +64,20 @@ impl Device {
     pub(super) fn retain(ordinal: u32) -> Result<Device> {
         let at = Some(ordinal);
         let number = i32::try_from(ordinal).map_err(|_| Error::NoDevice)?;
-        let device = check(at, "cuDeviceGet", result::device::get(number))?;
-        let name = check(at, "cuDeviceGetName", result::device::get_name(device))?;
-        let uuid = check(at, "cuDeviceGetUuid", result::device::get_uuid(device))?;
-        // SAFETY: the device was named by the driver just now.
-        let context = check(at, "cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        let mut device = 0;
+        // SAFETY: writes one integer.
+        check(at, unsafe { cuDeviceGet(&mut device, number) })?;
+        let mut name = [0u8; 128];
+        // SAFETY: writes no more bytes than it is told of, and a zero among them.
+        check(at, unsafe { cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, device) })?;
+        let name = CStr::from_bytes_until_nul(&name).unwrap_or_default().to_string_lossy().into_owned();
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes the 16 bytes.
+        check(at, unsafe { cuDeviceGetUuid(&mut uuid, device) })?;
         let uuid = Uuid(uuid.bytes.map(|byte| byte as u8));
+        let mut context = std::ptr::null_mut();
+        // SAFETY: writes one handle; the device was named by the driver just now.
+        check(at, unsafe { cuDevicePrimaryCtxRetain(&mut context, device) })?;
         Ok(Device(Arc::new(Core { ordinal, device, context, uuid, name })))
     }
 
@@ -135,14 +148,17 @@ impl Device {
     /// What the driver says.
     pub fn memory_bytes(&self) -> Result<(u64, u64)> {
         self.bind()?;
-        let (free, total) = self.check("cuMemGetInfo", result::mem_get_info())?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two integers.
+        self.check(unsafe { cuMemGetInfo(&mut free, &mut total) })?;
         Ok((free as u64, total as u64))
     }
 
     pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<u32> {
-        // SAFETY: the device was named by the driver.
-        let value = unsafe { result::device::get_attribute(self.0.device, attribute) };
-        Ok(u32::try_from(self.check("cuDeviceGetAttribute", value)?).unwrap_or(0))
+        let mut value = 0;
+        // SAFETY: writes one integer; the device was named by the driver.
+        self.check(unsafe { cuDeviceGetAttribute(&mut value, attribute, self.0.device) })?;
+        Ok(u32::try_from(value).unwrap_or(0))
     }
 
     pub(super) fn raw(&self) -> sys::CUdevice {
@@ -156,7 +172,7 @@ impl Device {
     /// Makes the context current to the calling thread: before every call that works in one.
     pub(super) fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained while the device lives.
-        self.check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.0.context) })
+        self.check(unsafe { cuCtxSetCurrent(self.0.context) })
     }
 
     /// Fills memory with zeroes and waits until it has them. For the default stream, where that is done, and not for the
@@ -167,35 +183,23 @@ impl Device {
     pub(super) unsafe fn zero(&self, address: sys::CUdeviceptr, len_bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        self.check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, len_bytes) })?;
+        self.check(unsafe { cuMemsetD8(address, 0, len_bytes) })?;
         // The fill may still run, and no stream of ours waits for the default stream.
         // SAFETY: the context's own default stream.
-        let done = unsafe { result::stream::synchronize(result::stream::null()) };
-        self.check("cuStreamSynchronize", done)
+        self.check(unsafe { cuStreamSynchronize(std::ptr::null_mut()) })
     }
 
-    pub(super) fn check<T>(
-        &self,
-        operation: &'static str,
-        result: std::result::Result<T, result::DriverError>,
-    ) -> Result<T> {
-        check(Some(self.0.ordinal), operation, result)
+    pub(super) fn check(&self, answer: Answer) -> Result<()> {
+        check(Some(self.0.ordinal), answer)
     }
 
     /// As [`check`](Device::check), for an allocation: out of memory with its numbers.
-    pub(super) fn check_space<T>(
-        &self,
-        what: &'static str,
-        need_bytes: usize,
-        result: std::result::Result<T, result::DriverError>,
-    ) -> Result<T> {
-        match result {
-            Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                let have_bytes = self.memory_bytes().map_or(0, |(free, _)| free);
-                Err(Error::NoSpace { what, need_bytes: need_bytes as u64, have_bytes })
-            }
-            other => self.check("allocating memory", other),
+    pub(super) fn check_space(&self, what: &'static str, need_bytes: usize, answer: Answer) -> Result<()> {
+        if answer.is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
+            let have_bytes = self.memory_bytes().map_or(0, |(free, _)| free);
+            return Err(Error::NoSpace { what, need_bytes: need_bytes as u64, have_bytes });
         }
+        self.check(answer)
     }
 }
 

@@ -3,10 +3,11 @@
 use std::ffi::c_int;
 use std::sync::OnceLock;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{cuDeviceGetCount, cuDriverGetVersion, cuInit};
 use super::context::Device;
-use super::fault;
+use super::fault::check;
 use crate::error::{Error, Result};
 
 /// The oldest driver that reads our PTX and has every function used here: CUDA 12.2, as `cuDriverGetVersion` writes it.
@@ -56,7 +57,7 @@ impl Driver {
 }
 
 fn look() -> Result<Driver> {
-    // cudarc panics where the library is missing, so this comes before every other call.
+    // Looking functions up panics where the library is missing, so this comes before every call.
     // SAFETY: opens the driver library, whose initialisers are NVIDIA's.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::DriverAbsent);
@@ -64,16 +65,20 @@ fn look() -> Result<Driver> {
     let mut version: c_int = 0;
     // The only call that may come before `cuInit`; a driver too old would lack functions that we look up later.
     // SAFETY: writes one integer.
-    fault::check(None, "cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
+    check(None, unsafe { cuDriverGetVersion(&mut version) })?;
     let version = u32::try_from(version).unwrap_or(0);
     if version < OLDEST_DRIVER {
         return Err(Error::DriverTooOld { found: version, oldest: OLDEST_DRIVER });
     }
-    match result::init() {
-        Err(result::DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(Error::NoDevice),
-        other => fault::check(None, "cuInit", other)?,
+    // SAFETY: no flags, as there are none.
+    let initialised = unsafe { cuInit(0) };
+    if initialised.is(CUresult::CUDA_ERROR_NO_DEVICE) {
+        return Err(Error::NoDevice);
     }
-    let devices = fault::check(None, "cuDeviceGetCount", result::device::get_count())?;
+    check(None, initialised)?;
+    let mut devices: c_int = 0;
+    // SAFETY: writes one integer.
+    check(None, unsafe { cuDeviceGetCount(&mut devices) })?;
     match u32::try_from(devices) {
         Ok(devices) if devices > 0 => Ok(Driver { version, devices }),
         _ => Err(Error::NoDevice),

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{Answer, cuEventCreate, cuEventDestroy, cuEventQuery};
 use super::context::Device;
 use super::graph::Capture;
 use super::wait::until_ready;
@@ -34,16 +35,16 @@ impl Event {
     /// What the driver says.
     pub fn new(device: &Device) -> Result<Event> {
         device.bind()?;
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        let event = device.check("cuEventCreate", event)?;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        device.check(unsafe { cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32) })?;
         Ok(Event(Arc::new(Core { device: device.clone(), event, capture: Mutex::new(None) })))
     }
 
     /// Whether the point recorded last was reached, or will never be. In a capture, which does nothing, there is no point to
     /// reach, and asking in vain makes the capture fail.
     pub fn is_complete(&self) -> bool {
-        let asked = self.0.device.bind().map(|()| self.ask());
-        !matches!(asked, Ok(Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY))))
+        self.0.device.bind().is_err() || !self.ask().is(CUresult::CUDA_ERROR_NOT_READY)
     }
 
     /// Blocks the calling thread until the point recorded last is reached.
@@ -53,12 +54,12 @@ impl Event {
     /// in one; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.0.device.bind()?;
-        until_ready(&self.0.device, "of an event", "cuEventQuery", timeout, || self.ask())
+        until_ready(&self.0.device, "of an event", timeout, || self.ask())
     }
 
-    fn ask(&self) -> std::result::Result<(), result::DriverError> {
+    fn ask(&self) -> Answer {
         // SAFETY: the event lives as long as `self`, and its context is current.
-        unsafe { result::event::query(self.0.event) }
+        unsafe { cuEventQuery(self.0.event) }
     }
 
     pub(super) fn device(&self) -> &Device {
@@ -78,7 +79,7 @@ impl Drop for Core {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: the last owner; the driver keeps an event alive for streams that still wait for it.
-            let _ = unsafe { result::event::destroy(self.event) };
+            let _ = unsafe { cuEventDestroy(self.event) };
         }
     }
 }

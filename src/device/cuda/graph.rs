@@ -12,8 +12,11 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 
+use super::bindings::{
+    cuGraphDestroy, cuGraphExecDestroy, cuGraphInstantiate, cuGraphLaunch, cuStreamBeginCapture, cuStreamEndCapture,
+};
 use super::context::Device;
 use super::stream::Stream;
 use crate::error::{Error, Result};
@@ -50,7 +53,7 @@ impl Graph {
         let access = stream.access()?;
         access.check_eager("cuGraphLaunch")?;
         // SAFETY: both live; what the work uses is kept by the graph.
-        self.device.check("cuGraphLaunch", unsafe { result::graph::launch(self.executable, access.raw()) })
+        self.device.check(unsafe { cuGraphLaunch(self.executable, access.raw()) })
     }
 }
 
@@ -58,7 +61,7 @@ impl Drop for Graph {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: instantiated by `capture`, destroyed once; the driver lets a launch in flight end first.
-            let _ = unsafe { result::graph::exec_destroy(self.executable) };
+            let _ = unsafe { cuGraphExecDestroy(self.executable) };
         }
     }
 }
@@ -124,13 +127,14 @@ impl Stream {
         let (graph, kept) = open.end()?;
         // Kernels keep the priority of the stream they were captured on.
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
-        // SAFETY: a graph that was captured just now.
-        let made = unsafe { result::graph::instantiate(graph, flags) };
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: writes one handle; a graph that was captured just now.
+        let made = unsafe { cuGraphInstantiate(&mut executable, graph, u64::from(flags.0)) };
         // SAFETY: as above, and destroyed once; what was instantiated from it lives on.
-        let destroyed = unsafe { result::graph::destroy(graph) };
-        let executable = device.check("cuGraphInstantiate", made)?;
+        let destroyed = unsafe { cuGraphDestroy(graph) };
+        device.check(made)?;
         let graph = Graph { device: device.clone(), executable, _kept: kept };
-        device.check("cuGraphDestroy", destroyed)?;
+        device.check(destroyed)?;
         Ok(graph)
     }
 
@@ -158,8 +162,7 @@ impl<'s> Open<'s> {
         // Other threads go on as they like; this one is held to what a graph can repeat.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives, in the current context.
-        let begun = unsafe { result::stream::begin_capture(access.raw(), mode) };
-        stream.device().check("cuStreamBeginCapture", begun)?;
+        stream.device().check(unsafe { cuStreamBeginCapture(access.raw(), mode) })?;
         access.join(&capture);
         Ok(Open { stream, capture, is_ended: false })
     }
@@ -168,9 +171,10 @@ impl<'s> Open<'s> {
         self.is_ended = true;
         let device = self.stream.device();
         let graph = self.stream.access().and_then(|access| {
-            // SAFETY: the stream lives, in the current context; its capture began on this thread.
-            let ended = unsafe { result::stream::end_capture(access.raw()) };
-            device.check("cuStreamEndCapture", ended)
+            let mut graph = std::ptr::null_mut();
+            // SAFETY: writes one handle; the stream lives, in the current context; its capture began on this thread.
+            device.check(unsafe { cuStreamEndCapture(access.raw(), &mut graph) })?;
+            Ok(graph)
         });
         // Last: until then work of other threads is refused.
         let kept = self.capture.end();
@@ -191,7 +195,7 @@ impl Drop for Open<'_> {
             && let Ok((graph, _)) = self.end()
         {
             // SAFETY: captured just now, and used by nobody.
-            let _ = unsafe { result::graph::destroy(graph) };
+            let _ = unsafe { cuGraphDestroy(graph) };
         }
     }
 }

@@ -5,8 +5,12 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{
+    cuFuncGetAttribute, cuFuncLoad, cuLaunchCooperativeKernel, cuLaunchKernel, cuModuleGetFunction, cuModuleLoadData,
+    cuModuleUnload, cuOccupancyMaxActiveBlocksPerMultiprocessor,
+};
 use super::context::Device;
 use super::stream::Stream;
 use crate::error::{Error, Result};
@@ -79,9 +83,10 @@ impl Kernels {
         let function = self.function(name)?;
         self.0.device.bind()?;
         let threads = i32::try_from(threads).unwrap_or(i32::MAX);
-        // SAFETY: a function of a loaded module, whose context is current.
-        let asked = unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads, 0) };
-        let blocks = self.0.device.check("cuOccupancyMaxActiveBlocksPerMultiprocessor", asked)?;
+        let mut blocks = 0;
+        // SAFETY: writes one integer; a function of a loaded module, whose context is current.
+        let asked = unsafe { cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads, 0) };
+        self.0.device.check(asked)?;
         Ok(u32::try_from(blocks).unwrap_or(0).saturating_mul(self.0.len_multiprocessors))
     }
 
@@ -117,17 +122,17 @@ impl Kernels {
         let access = stream.access()?;
         access.keep(self);
         let Shape { blocks, threads, shared_bytes, cooperative } = shape;
-        let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(arguments).cast_mut().cast()];
-        let (grid, block) = ((blocks, 1, 1), (threads, 1, 1));
-        // SAFETY: the driver copies the arguments before it returns; what they say is the caller's promise.
-        let launched = unsafe {
+        let mut parameter: *mut c_void = std::ptr::from_ref(arguments).cast_mut().cast();
+        let (stream, none) = (access.raw(), std::ptr::null_mut());
+        // SAFETY: the kernel has one parameter. The driver copies the arguments before it returns; what they say is the
+        // caller's promise.
+        self.0.device.check(unsafe {
             if cooperative {
-                result::launch_cooperative_kernel(function, grid, block, shared_bytes, access.raw(), &mut parameters)
+                cuLaunchCooperativeKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, &mut parameter)
             } else {
-                result::launch_kernel(function, grid, block, shared_bytes, access.raw(), &mut parameters)
+                cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, &mut parameter, none)
             }
-        };
-        self.0.device.check("cuLaunchKernel", launched)
+        })
     }
 }
 
@@ -139,15 +144,15 @@ impl Core {
             accepted: "must be text",
         };
         let text = CString::new(ptx).map_err(invalid)?;
-        // SAFETY: a zero-terminated text, which the driver has read when it returns.
-        let module = unsafe { result::module::load_data(text.as_ptr().cast()) };
-        let module = self.device.check("cuModuleLoadData", module)?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: writes one handle; a zero-terminated text, which the driver has read when it returns.
+        self.device.check(unsafe { cuModuleLoadData(&mut module, text.as_ptr().cast()) })?;
         self.modules.push(module);
         for name in entries(ptx) {
             let c_name = CString::new(name).map_err(invalid)?;
-            // SAFETY: the module was loaded just now.
-            let function = unsafe { result::module::get_function(module, c_name) };
-            let function = self.device.check("cuModuleGetFunction", function)?;
+            let mut function = std::ptr::null_mut();
+            // SAFETY: writes one handle; the module was loaded just now, and the name ends in a zero.
+            self.device.check(unsafe { cuModuleGetFunction(&mut function, module, c_name.as_ptr()) })?;
             self.force(function)?;
             self.functions.insert(name.to_owned(), function);
         }
@@ -156,20 +161,16 @@ impl Core {
 
     /// Has the function's code put on the device now.
     fn force(&self, function: sys::CUfunction) -> Result<()> {
-        type FuncLoad = unsafe extern "C" fn(sys::CUfunction) -> sys::CUresult;
-        // From CUDA 12.4 on, so it is not among cudarc's functions of 12.2.
-        // SAFETY: the library is present: a device exists. The name is documented with this type.
-        let loaded = match unsafe { sys::culib().get::<FuncLoad>(b"cuFuncLoad\0") } {
-            // SAFETY: a function of a loaded module.
-            Ok(load) => unsafe { load(function) }.result(),
-            // Asking for what only the loaded code knows does the same.
-            Err(_) => {
-                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
-                // SAFETY: a function of a loaded module.
-                unsafe { result::function::get_function_attribute(function, attribute) }.map(drop)
-            }
-        };
-        self.device.check("cuFuncLoad", loaded)
+        // SAFETY: a function of a loaded module.
+        let loaded = unsafe { cuFuncLoad(function) };
+        if !loaded.is(CUresult::CUDA_ERROR_NOT_FOUND) {
+            return self.device.check(loaded);
+        }
+        // A driver before CUDA 12.4. Asking for what only the loaded code knows does the same.
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        let mut registers = 0;
+        // SAFETY: writes one integer; as above.
+        self.device.check(unsafe { cuFuncGetAttribute(&mut registers, attribute, function) })
     }
 }
 
@@ -180,7 +181,7 @@ impl Drop for Core {
         }
         for module in &self.modules {
             // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight are waited for.
-            let _ = unsafe { result::module::unload(*module) };
+            let _ = unsafe { cuModuleUnload(*module) };
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Whether kernels of one device may reach the memory of another.
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::CUresult;
 
+use super::bindings::{cuCtxEnablePeerAccess, cuDeviceCanAccessPeer};
 use super::context::Device;
 use crate::error::Result;
 
@@ -27,8 +28,7 @@ impl Device {
         }
         let mut possible = 0;
         // SAFETY: writes one integer; both devices were named by the driver.
-        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut possible, self.raw(), other.raw()) }.result();
-        self.check("cuDeviceCanAccessPeer", asked)?;
+        self.check(unsafe { cuDeviceCanAccessPeer(&mut possible, self.raw(), other.raw()) })?;
         Ok(if possible != 0 { PeerAccess::Direct } else { PeerAccess::None })
     }
 
@@ -43,9 +43,7 @@ impl Device {
         }
         self.bind()?;
         // SAFETY: both contexts are retained.
-        match unsafe { sys::cuCtxEnablePeerAccess(other.context(), 0) } {
-            sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
-            code => self.check("cuCtxEnablePeerAccess", code.result()),
-        }
+        let enabled = unsafe { cuCtxEnablePeerAccess(other.context(), 0) };
+        if enabled.is(CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED) { Ok(()) } else { self.check(enabled) }
     }
 }

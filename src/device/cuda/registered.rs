@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use cudarc::driver::sys;
 
+use super::bindings::{cuMemHostGetDevicePointer, cuMemHostRegister, cuMemHostUnregister};
 use super::context::Device;
 use crate::error::Result;
 
@@ -42,12 +43,11 @@ impl HostRange {
         let place: *mut c_void = memory.as_ptr().cast();
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: the caller's promise; unregistered once, on drop.
-        let registered = unsafe { sys::cuMemHostRegister_v2(place, len_bytes, flags) }.result();
-        device.check("cuMemHostRegister", registered)?;
+        device.check(unsafe { cuMemHostRegister(place, len_bytes, flags) })?;
         let mut range = HostRange { device: device.clone(), memory, address: 0, len_bytes, _owner: owner };
         // SAFETY: writes one address; the memory was registered just now.
-        let asked = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut range.address, place, 0) }.result();
-        range.device.check("cuMemHostGetDevicePointer", asked)?;
+        let asked = unsafe { cuMemHostGetDevicePointer(&mut range.address, place, 0) };
+        range.device.check(asked)?;
         Ok(range)
     }
 
@@ -66,7 +66,7 @@ impl Drop for HostRange {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: registered by `register`, unregistered once; the driver waits for kernels that use it.
-            let _ = unsafe { sys::cuMemHostUnregister(self.memory.as_ptr().cast()) };
+            let _ = unsafe { cuMemHostUnregister(self.memory.as_ptr().cast()) };
         }
     }
 }

@@ -3,8 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::result;
-
+use super::bindings::cuMemcpyHtoDAsync;
 use super::buffer::{Pinned, View};
 use super::context::Device;
 use super::event::Event;
@@ -58,17 +57,14 @@ impl Staging {
         let start = block.pinned.as_ptr().as_ptr();
         // SAFETY: the block holds as many bytes and no copy reads it any more; the exclusive borrow of the blocks makes this
         // the one writer.
-        let staged = unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), start, bytes.len());
-            std::slice::from_raw_parts(start.cast_const(), bytes.len())
-        };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), start, bytes.len()) };
         let access = stream.access()?;
         access.check_eager("cuMemcpyHtoDAsync")?;
         // SAFETY: `dst` has room for these bytes; the block stays as it is until `copied`, and is freed by the driver behind
         // the copy.
-        let copied = unsafe { result::memcpy_htod_async(dst.address(), staged, access.raw()) };
+        let copied = unsafe { cuMemcpyHtoDAsync(dst.address(), start.cast(), bytes.len(), access.raw()) };
         drop(access);
-        let recorded = self.device.check("cuMemcpyHtoDAsync", copied).and_then(|()| stream.record(&block.copied));
+        let recorded = self.device.check(copied).and_then(|()| stream.record(&block.copied));
         blocks.push(block);
         recorded
     }

@@ -4,9 +4,12 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::result::stream::{self, StreamKind};
 use cudarc::driver::sys;
 
+use super::bindings::{
+    cuCtxGetStreamPriorityRange, cuEventRecord, cuStreamCreateWithPriority, cuStreamDestroy, cuStreamQuery,
+    cuStreamWaitEvent, cuStreamWaitValue32, cuStreamWriteValue32,
+};
 use super::context::Device;
 use super::event::Event;
 use super::graph::Capture;
@@ -49,10 +52,14 @@ impl Stream {
     /// What the driver says.
     pub fn new(device: &Device, name: &str, priority: Priority) -> Result<Stream> {
         device.bind()?;
-        let (least, greatest) = device.check("cuCtxGetStreamPriorityRange", stream::get_priority_range())?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: writes two integers.
+        device.check(unsafe { cuCtxGetStreamPriorityRange(&mut least, &mut greatest) })?;
         let priority = if priority == Priority::High { greatest } else { least };
-        let made = stream::create_with_priority(StreamKind::NonBlocking, priority);
-        let stream = device.check("cuStreamCreateWithPriority", made)?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        device.check(unsafe { cuStreamCreateWithPriority(&mut stream, flags, priority) })?;
         Ok(Stream(Arc::new(Core { device: device.clone(), name: name.to_owned(), stream, capture: Mutex::new(None) })))
     }
 
@@ -87,8 +94,7 @@ impl Stream {
         let access = self.access()?;
         let mut capture = event.slot();
         // SAFETY: both live, in one context, which is current.
-        let recorded = unsafe { cudarc::driver::result::event::record(event.raw(), access.raw()) };
-        self.0.device.check("cuEventRecord", recorded)?;
+        self.0.device.check(unsafe { cuEventRecord(event.raw(), access.raw()) })?;
         *capture = access.capture.clone();
         Ok(())
     }
@@ -103,10 +109,9 @@ impl Stream {
         let capture = event.slot();
         let capture = capture.as_ref().filter(|capture| capture.is_open());
         self.check_thread(capture)?;
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as u32;
         // SAFETY: both live; the driver remembers the recording, so the event may be destroyed or recorded anew.
-        let waits = unsafe { stream::wait_event(access.raw(), event.raw(), flags) };
-        self.0.device.check("cuStreamWaitEvent", waits)?;
+        self.0.device.check(unsafe { cuStreamWaitEvent(access.raw(), event.raw(), flags) })?;
         if let Some(capture) = capture {
             access.join(capture);
         }
@@ -120,8 +125,8 @@ impl Stream {
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.access()?.check_eager("cuStreamQuery")?;
         // SAFETY: the stream lives as long as `self`.
-        let ask = || unsafe { sys::cuStreamQuery(self.0.stream) }.result();
-        until_ready(&self.0.device, &self.0.name, "cuStreamQuery", timeout, ask)
+        let ask = || unsafe { cuStreamQuery(self.0.stream) };
+        until_ready(&self.0.device, &self.0.name, timeout, ask)
     }
 
     /// Makes everything enqueued after this call run when the u32 at `address` has reached `value`, on the circle. No kernel
@@ -137,8 +142,7 @@ impl Stream {
         access.check_eager("cuStreamWaitValue32")?;
         let until = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as u32;
         // SAFETY: a live stream; the address is the caller's promise.
-        let waits = unsafe { sys::cuStreamWaitValue32_v2(access.raw(), address, value, until) }.result();
-        self.0.device.check("cuStreamWaitValue32", waits)
+        self.0.device.check(unsafe { cuStreamWaitValue32(access.raw(), address, value, until) })
     }
 
     /// Has `value` written to the u32 at `address` when everything enqueued before has run.
@@ -153,8 +157,7 @@ impl Stream {
         access.check_eager("cuStreamWriteValue32")?;
         let flags = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: a live stream; the address is the caller's promise.
-        let writes = unsafe { sys::cuStreamWriteValue32_v2(access.raw(), address, value, flags) }.result();
-        self.0.device.check("cuStreamWriteValue32", writes)
+        self.0.device.check(unsafe { cuStreamWriteValue32(access.raw(), address, value, flags) })
     }
 
     /// Refuses `operation`, which cannot be part of a graph, if the stream captures.
@@ -234,7 +237,7 @@ impl Drop for Core {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: the last owner; returns at once, and the driver finishes the stream's work first.
-            let _ = unsafe { stream::destroy(self.stream) };
+            let _ = unsafe { cuStreamDestroy(self.stream) };
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys::{self, CUresult};
 
+use super::bindings::{cuEventCreate, cuEventDestroy, cuEventElapsedTime, cuEventQuery, cuEventRecord};
 use super::context::Device;
 use super::stream::Stream;
 use super::wait::until_ready;
@@ -29,13 +30,18 @@ impl Timer {
     /// What the driver says.
     pub fn new(device: &Device) -> Result<Timer> {
         device.bind()?;
-        let event = || device.check("cuEventCreate", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        let event = || {
+            let mut event = std::ptr::null_mut();
+            // SAFETY: writes one handle.
+            device.check(unsafe { cuEventCreate(&mut event, sys::CUevent_flags::CU_EVENT_DEFAULT as u32) })?;
+            Ok(event)
+        };
         let start = event()?;
         match event() {
             Ok(stop) => Ok(Timer { device: device.clone(), start, stop }),
             Err(error) => {
                 // SAFETY: made above, and known to nobody.
-                let _ = unsafe { result::event::destroy(start) };
+                let _ = unsafe { cuEventDestroy(start) };
                 Err(error)
             }
         }
@@ -62,7 +68,7 @@ impl Timer {
         let access = stream.access()?;
         access.check_eager("cuEventRecord of a timer")?;
         // SAFETY: both live.
-        self.device.check("cuEventRecord", unsafe { result::event::record(event, access.raw()) })
+        self.device.check(unsafe { cuEventRecord(event, access.raw()) })
     }
 
     /// Waits for the second point, and says how long after the first it was reached; to about 0.5 us.
@@ -73,8 +79,8 @@ impl Timer {
     pub fn elapsed(&self, timeout: Duration) -> Result<Duration> {
         self.device.bind()?;
         // SAFETY: the event lives as long as `self`, and its context is current.
-        let ask = || unsafe { result::event::query(self.stop) };
-        until_ready(&self.device, "of a timer", "cuEventQuery", timeout, ask)?;
+        let ask = || unsafe { cuEventQuery(self.stop) };
+        until_ready(&self.device, "of a timer", timeout, ask)?;
         self.between(self.start, self.stop)
     }
 
@@ -85,13 +91,12 @@ impl Timer {
     pub fn poll(&self) -> Result<Option<Duration>> {
         self.device.bind()?;
         // SAFETY: as in `elapsed`.
-        match unsafe { result::event::query(self.stop) } {
-            Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(None),
-            asked => {
-                self.device.check("cuEventQuery", asked)?;
-                self.between(self.start, self.stop).map(Some)
-            }
+        let asked = unsafe { cuEventQuery(self.stop) };
+        if asked.is(CUresult::CUDA_ERROR_NOT_READY) {
+            return Ok(None);
         }
+        self.device.check(asked)?;
+        self.between(self.start, self.stop).map(Some)
     }
 
     /// How long after the start of `base`, an earlier one, this one started. The longer that is, the coarser: to a
@@ -106,15 +111,9 @@ impl Timer {
 
     /// From one event to a later one. The context is current.
     fn between(&self, start: sys::CUevent, stop: sys::CUevent) -> Result<Duration> {
-        type EventElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
-        // By the name that all drivers have: cudarc asks for that of CUDA 12.8.
-        // SAFETY: the library is present: a device exists. The name is documented with this type.
-        let elapsed = unsafe { sys::culib().get::<EventElapsedTime>(b"cuEventElapsedTime\0") };
-        let missing = result::DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
-        let elapsed = self.device.check("cuEventElapsedTime", elapsed.map_err(|_| missing))?;
         let mut ms = 0.0;
         // SAFETY: both events live, and `ms` is written.
-        self.device.check("cuEventElapsedTime", unsafe { elapsed(&mut ms, start, stop) }.result())?;
+        self.device.check(unsafe { cuEventElapsedTime(&mut ms, start, stop) })?;
         Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
     }
 }
@@ -124,7 +123,7 @@ impl Drop for Timer {
         if self.device.bind().is_ok() {
             for event in [self.start, self.stop] {
                 // SAFETY: made by `new`, destroyed once; the driver keeps what is still to be recorded.
-                let _ = unsafe { result::event::destroy(event) };
+                let _ = unsafe { cuEventDestroy(event) };
             }
         }
     }

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::CUresult;
 
+use super::bindings::Answer;
 use super::context::Device;
 use crate::error::{Error, Result};
 
@@ -17,19 +17,13 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 ///
 /// # Errors
 /// [`Error::Stream`] after `timeout`; what the driver answers.
-pub(super) fn until_ready(
-    device: &Device,
-    stream: &str,
-    operation: &'static str,
-    timeout: Duration,
-    ask: impl Fn() -> std::result::Result<(), DriverError>,
-) -> Result<()> {
+pub(super) fn until_ready(device: &Device, stream: &str, timeout: Duration, ask: impl Fn() -> Answer) -> Result<()> {
     let start = Instant::now();
     let (mut looks, mut pause) = (0, FIRST_PAUSE);
     loop {
-        match ask() {
-            Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => {}
-            other => return device.check(operation, other),
+        let answer = ask();
+        if !answer.is(CUresult::CUDA_ERROR_NOT_READY) {
+            return device.check(answer);
         }
         if start.elapsed() >= timeout {
             let reason = format!("its work did not end within {} ms", timeout.as_millis());

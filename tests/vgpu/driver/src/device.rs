@@ -118,8 +118,9 @@ pub(crate) fn current() -> Result<usize> {
 }
 
 pub(crate) fn check_sticky(number: usize) -> Result<()> {
-    if SETTINGS.lost.as_ref().is_some_and(|path| path.exists()) {
-        stick(number, Status::UNKNOWN); // what a device that fell off the bus was seen to give
+    if let Some(code) = SETTINGS.lost.as_ref().and_then(|path| std::fs::read_to_string(path).ok()) {
+        // What a device that fell off the bus was seen to give.
+        stick(number, code.parse().map_or(Status::UNKNOWN, Status));
     }
     match DEVICES[number].sticky.load(Ordering::Acquire) {
         0 => Ok(()),

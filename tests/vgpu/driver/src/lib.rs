@@ -22,7 +22,7 @@
 //! | `ANNULUS_VGPU_PEERS` | `all`; `none`: no peer access; `lossy`: claimed, but stores to a peer are lost | `all` |
 //! | `ANNULUS_VGPU_DESCRIPTORS` | `all`; `none`: devices cannot share memory by POSIX descriptors | `all` |
 //! | `ANNULUS_VGPU_MEMORY_OPERATIONS` | `all`; `none`: streams cannot wait for values in memory, nor write them | `all` |
-//! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every device is gone | none |
+//! | `ANNULUS_VGPU_LOST` | path of a file: once it exists, every call of a device fails with the code in it; empty: 999, as if the device were gone | none |
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
 //! | `ANNULUS_VGPU_CALLS` | a file that gets a line for each call of the driver: its name | none |

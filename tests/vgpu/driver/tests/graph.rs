@@ -152,7 +152,7 @@ fn what_a_graph_cannot_repeat_is_refused() {
         let (one, second) = (stream(&device), stream(&device));
         let data = Buffer::zeroed(&device, DType::F32, LEN).unwrap().view();
         let event = Event::new(&device).unwrap();
-        check_refused(&one, "allocating memory", || Buffer::zeroed(&device, DType::F32, 1).map(drop));
+        check_refused(&one, "cuMemAlloc", || Buffer::zeroed(&device, DType::F32, 1).map(drop));
         check_refused(&one, "cuModuleLoadData", || Kernels::load(&device).map(drop));
         check_refused(&one, "cuMemcpyHtoDAsync", || data.write(&[0.0f32; LEN], &one));
         check_refused(&one, "cuStreamQuery", || data.read(&mut [0.0f32; LEN], &one, PATIENCE));

@@ -23,11 +23,22 @@ pub fn library(package: &str) -> PathBuf {
     found.expect("cargo builds the libraries of this package, and of those it names, before its tests")
 }
 
-/// This executable, running only `test`, with `variables`; and its folder of libraries, empty if `driver` is false.
-fn command(test: &str, variables: &[(&str, &str)], driver: bool) -> (Command, TempDir) {
+/// What a process finds as its driver.
+enum Driver<'a> {
+    None,
+    Whole,
+    /// All but one function.
+    Without(&'a str),
+}
+
+/// This executable, running only `test`, with `variables`; and its folder of libraries, where the driver is.
+fn command(test: &str, variables: &[(&str, &str)], driver: Driver<'_>) -> (Command, TempDir) {
     let folder = TempDir::new().unwrap();
-    if driver {
-        std::os::unix::fs::symlink(library("annulus_vgpu_driver"), folder.path().join("libcuda.so")).unwrap();
+    let (whole, place) = (library("annulus_vgpu_driver"), folder.path().join("libcuda.so"));
+    match driver {
+        Driver::None => {}
+        Driver::Whole => std::os::unix::fs::symlink(whole, place).unwrap(),
+        Driver::Without(function) => std::fs::write(place, without(&std::fs::read(whole).unwrap(), function)).unwrap(),
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]);
@@ -35,11 +46,22 @@ fn command(test: &str, variables: &[(&str, &str)], driver: bool) -> (Command, Te
     (command, folder)
 }
 
+/// A library in whose table of names `function` stands under another one.
+fn without(library: &[u8], function: &str) -> Vec<u8> {
+    let (name, mut other) = (format!("\0{function}\0").into_bytes(), format!("\0{function}\0").into_bytes());
+    other[1] = b'_';
+    let mut library = library.to_vec();
+    let places: Vec<usize> = (0..library.len() - name.len()).filter(|at| library[*at..].starts_with(&name)).collect();
+    assert!(!places.is_empty(), "the virtual driver has no {function}");
+    places.into_iter().for_each(|at| library[at..at + other.len()].copy_from_slice(&other));
+    library
+}
+
 fn is_inside(test: &str) -> bool {
     std::env::var_os(INSIDE).is_some_and(|inside| inside == OsStr::new(test))
 }
 
-fn run_alone(test: &str, variables: &[(&str, &str)], driver: bool, body: impl FnOnce()) {
+fn run_alone(test: &str, variables: &[(&str, &str)], driver: Driver<'_>, body: impl FnOnce()) {
     if is_inside(test) {
         return body();
     }
@@ -52,7 +74,12 @@ fn run_alone(test: &str, variables: &[(&str, &str)], driver: bool, body: impl Fn
 
 /// Runs `body`, which is the test called `test`, in a process with the virtual GPU as its driver.
 pub fn on_virtual_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
-    run_alone(test, variables, true, body);
+    run_alone(test, variables, Driver::Whole, body);
+}
+
+/// As [`on_virtual_gpu`], with a driver that lacks `function`.
+pub fn on_virtual_gpu_without(function: &str, test: &str, body: impl FnOnce()) {
+    run_alone(test, &[], Driver::Without(function), body);
 }
 
 /// As [`on_virtual_gpu`], with no driver library; not on a machine that has a real one, which would be found.
@@ -60,7 +87,7 @@ pub fn without_driver(test: &str, body: impl FnOnce()) {
     if std::path::Path::new("/proc/driver/nvidia/version").exists() {
         return eprintln!("{test} is skipped: this machine has an NVIDIA driver");
     }
-    run_alone(test, &[], false, body);
+    run_alone(test, &[], Driver::None, body);
 }
 
 /// Another process with a driver of its own. It runs the test `role` of the same file, whose body is in [`as_peer`]; the two
@@ -73,7 +100,7 @@ pub struct Peer {
 
 impl Peer {
     pub fn start(role: &str, variables: &[(&str, &str)]) -> Peer {
-        let (mut command, folder) = command(role, variables, true);
+        let (mut command, folder) = command(role, variables, Driver::Whole);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Peer { child, lines, _folder: folder }
