@@ -11,7 +11,7 @@ use std::fmt;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUresult};
 use range_alloc::RangeAllocator;
 
 use super::bindings::{
@@ -66,7 +66,8 @@ impl fmt::Debug for Exported {
 }
 
 /// Memory of a device that peers map. Clones are the same arena; it is freed when they and all buffers in it are gone: not
-/// while a graph is being captured on the device, since freeing it waits for the device.
+/// while a graph is being captured on the device, since freeing it waits for the device. Kernels that do not end within 10 s
+/// are no longer waited for; the memory is freed when they do.
 #[derive(Clone)]
 pub struct Arena(Arc<Core>);
 
@@ -100,11 +101,12 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Block::Legacy { device, address } = self
-            && device.bind().is_ok()
-        {
-            // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemFree(*address) };
+        if let Block::Legacy { device, address } = self {
+            let address = *address;
+            device.free("an arena", move || {
+                // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
+                let _ = unsafe { cuMemFree(address) };
+            });
         }
     }
 }
@@ -429,22 +431,28 @@ impl VirtualBlock {
 
 impl Drop for VirtualBlock {
     fn drop(&mut self) {
-        if self.device.bind().is_err() {
-            return;
-        }
-        // cuMemUnmap does not wait for kernels as cuMemFree does.
-        // SAFETY: the context is current.
-        let _ = unsafe { cuCtxSynchronize() };
-        // SAFETY: undoes, once and in reverse, what `map` has done.
-        unsafe {
-            if self.is_mapped {
-                let _ = cuMemUnmap(self.address, self.len_bytes);
+        let VirtualBlock { handle, address, len_bytes, is_mapped, .. } = *self;
+        self.device.free("an arena, or a peer's", move || {
+            // cuMemUnmap does not wait for kernels as cuMemFree does.
+            // SAFETY: the context is current.
+            let ended = unsafe { cuCtxSynchronize() };
+            if ended.is(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
+                return tracing::warn!(
+                    len_bytes,
+                    "an arena is kept for ever: dropped while a graph was captured on its device"
+                );
             }
-            if self.address != 0 {
-                let _ = cuMemAddressFree(self.address, self.len_bytes);
+            // SAFETY: undoes, once and in reverse, what `map` has done.
+            unsafe {
+                if is_mapped {
+                    let _ = cuMemUnmap(address, len_bytes);
+                }
+                if address != 0 {
+                    let _ = cuMemAddressFree(address, len_bytes);
+                }
+                let _ = cuMemRelease(handle);
             }
-            let _ = cuMemRelease(self.handle);
-        }
+        });
     }
 }
 

@@ -26,8 +26,8 @@ pub(super) trait Memory: Send + Sync {
 
 /// `len_elems` elements of one type on a device. Not `Clone`: who holds the buffer may write it.
 ///
-/// *Private* buffers are allocations of their own; *registered* ones lie in an [`Arena`](super::Arena), where peers reach
-/// them. Either way the address is a multiple of 256 bytes.
+/// *Private* buffers are allocations of their own, freed as an [`Arena`](super::Arena) is; *registered* ones lie in an arena,
+/// where peers reach them. Either way the address is a multiple of 256 bytes.
 pub struct Buffer {
     memory: Arc<dyn Memory>,
     dtype: DType,
@@ -56,10 +56,11 @@ impl Memory for Private {
 
 impl Drop for Private {
     fn drop(&mut self) {
-        if self.device.bind().is_ok() {
+        let address = self.address;
+        self.device.free("a buffer", move || {
             // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemFree(self.address) };
-        }
+            let _ = unsafe { cuMemFree(address) };
+        });
     }
 }
 
@@ -300,9 +301,9 @@ impl View {
         self.check::<T>(elements.len())?;
         let access = stream.access()?;
         access.check_eager("cuMemcpyHtoDAsync")?;
+        let from = elements.as_ptr().cast();
         // SAFETY: the memory has room for exactly these elements and lives as long as the view, which the driver does not
         // need beyond the call: freeing device memory waits for what uses it.
-        let from = elements.as_ptr().cast();
         stream.device().check(unsafe { cuMemcpyHtoDAsync(self.address(), from, self.len_bytes(), access.raw()) })
     }
 

@@ -12,10 +12,9 @@
 //! one or the other as an enum decides; nothing is a trait object.
 //!
 //! The driver library is opened when [`Driver::open`] is called, and its absence is an error like any other: a program that
-//! is built with this module starts on a machine without a GPU. Only this module makes raw driver calls, which
-//! its `bindings` declare. Streams, events
-//! and memory are made by hand and not by cudarc's safe layer: that one tracks every use of memory by events once a second
-//! stream exists, and allocates from pools, which other processes cannot map.
+//! is built with this module starts on a machine without a GPU. Only this module makes raw driver calls, which its `bindings`
+//! declare. Streams, events and memory are made by hand and not by cudarc's safe layer: that one tracks every use of memory
+//! by events once a second stream exists, and allocates from pools, which other processes cannot map.
 
 mod arena;
 mod bindings;
@@ -24,6 +23,7 @@ mod context;
 mod driver;
 mod event;
 mod fault;
+mod free;
 mod graph;
 mod modules;
 mod peers;

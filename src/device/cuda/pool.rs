@@ -16,7 +16,7 @@ const SPARE_BLOCKS: usize = 2;
 const LEAST_BYTES: usize = 256;
 
 /// Private memory of one device that is used again once its buffers and their views are gone. Blocks are powers of two long, so
-/// that lengths which vary a little share them, and are freed with the pool.
+/// that lengths which vary a little share them. They are freed with the pool; when memory runs out, those that nobody holds.
 pub struct Pool {
     device: Device,
     blocks: Mutex<Blocks>,
@@ -49,8 +49,8 @@ impl Pool {
     /// [`Error::SizeOverflow`]; [`Error::NoSpace`]; what the driver says.
     ///
     /// # Synchronization
-    /// Waits for nothing, unless memory has to be allocated. Who uses a buffer on other streams than `user` keeps it, or has
-    /// `user` wait for them, before it is dropped.
+    /// Waits for nothing, unless memory has to be allocated, or freed before that. Who uses a buffer on other streams than
+    /// `user` keeps it, or has `user` wait for them, before it is dropped.
     pub fn take(&self, dtype: DType, len_elems: usize, user: &Stream, writer: &Stream) -> Result<Buffer> {
         let need_bytes = dtype.bytes_of(len_elems)?.max(LEAST_BYTES);
         let len_bytes = need_bytes.checked_next_power_of_two().ok_or_else(|| Error::SizeOverflow {
@@ -65,14 +65,24 @@ impl Pool {
                 writer.wait(&block.used)?;
                 block
             }
-            None => {
-                let memory = Buffer::zeroed(&self.device, DType::U8, len_bytes)?.into_memory();
-                Block { memory, len_bytes, used: Event::new(&self.device)? }
-            }
+            None => self.allocate(len_bytes, &mut blocks.spare)?,
         };
         let buffer = Buffer::over(Arc::clone(&block.memory), dtype, len_elems);
         blocks.held.push(block);
         Ok(buffer)
+    }
+
+    /// A new block, in place of all spare ones if there is no room beside them.
+    fn allocate(&self, len_bytes: usize, spare: &mut Vec<Block>) -> Result<Block> {
+        let allocate = || Buffer::zeroed(&self.device, DType::U8, len_bytes);
+        let memory = match allocate() {
+            Err(Error::NoSpace { .. }) if !spare.is_empty() => {
+                spare.clear();
+                allocate()
+            }
+            other => other,
+        };
+        Ok(Block { memory: memory?.into_memory(), len_bytes, used: Event::new(&self.device)? })
     }
 }
 
