@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::descriptor::{Descriptor, Kind, Partials};
 use super::executor::{Group, Job, Operand};
+use super::hand_over::HandOver;
 use super::operands::{Extent, all_shards, check_extent};
 use super::operation::{Log, Operation, operand, perform};
 use super::work::{Pool, Work};
@@ -82,6 +83,7 @@ impl Communicator {
     ) -> Communicator {
         let group = Group {
             region,
+            hand_over: HandOver::default(),
             index,
             rank,
             pacing: world.pacing(),

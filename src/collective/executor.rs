@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use super::area::{Area, Call, MAILBOX_BYTES, PRIVATE};
 use super::combine::{Combine, combine};
 use super::descriptor::{Descriptor, Kind};
+use super::hand_over::HandOver;
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::schedule::{Algorithm, MAX_WORLD_SIZE, Span};
@@ -30,7 +31,7 @@ use crate::world::{Region, World};
 /// Payload up to which one step beats two meetings over mapped memory with two ranks, and payload up to which it beats
 /// staging. With more ranks it is the payloads of all together that count, because every rank reads everybody's whole
 /// (see BENCHMARKS.md).
-const ONE_STEP_MAPPED_BYTES: usize = 8 << 10;
+const ONE_STEP_MAPPED_BYTES: usize = 2 << 10;
 const ONE_STEP_STAGED_BYTES: usize = 64 << 10;
 const ONE_STEP_MAPPED_ALL_BYTES: usize = 32 << 10;
 const ONE_STEP_STAGED_ALL_BYTES: usize = 64 << 10;
@@ -72,6 +73,7 @@ pub(super) struct Group {
     pub(super) rank: u32,
     pub(super) members: Vec<u32>,
     pub(super) region: Region,
+    pub(super) hand_over: HandOver,
     pub(super) pacing: Pacing,
     pub(super) timeout: Duration,
     pub(super) warn_after: Duration,
@@ -233,7 +235,7 @@ impl Run<'_> {
             mine.call[parity].0.get().write(call);
             if self.is_in_mailbox(&call) && self.contributes() {
                 let bytes = self.payload_bytes().unwrap_or(0);
-                std::ptr::copy_nonoverlapping(job.src.ptr, mine.mailbox[parity].as_ptr(), bytes);
+                group.hand_over.copy(job.src.ptr, mine.mailbox[parity].as_ptr(), bytes, |_, _| ());
             }
         }
         mine.arrived.post(generation);
@@ -417,6 +419,15 @@ impl Run<'_> {
                 combine(DType::U8, how, &[from], &[to], len_bytes);
             }
         }
+    }
+
+    /// As [`copy`](Run::copy), into memory that other ranks read next.
+    ///
+    /// # Safety
+    /// As for [`copy`](Run::copy), and they are disjoint.
+    pub(super) unsafe fn hand_over(&self, from: *const u8, to: *mut u8, len_elems: usize) {
+        // SAFETY: the caller's promise. The size was checked when the buffers were made.
+        unsafe { self.group.hand_over.copy(from, to, len_elems * self.dtype.size_bytes(), |_, _| ()) }
     }
 
     /// Address of element `offset_elems`.

@@ -88,10 +88,10 @@ impl Ring<'_> {
                 }
                 Phase::ReduceScatter => {
                     let bytes = len_elems * partial::size_bytes(types.0, types.1);
-                    std::ptr::copy_nonoverlapping(self.scratch(), slot, bytes);
+                    run.group.hand_over.copy(self.scratch(), slot, bytes, |_, _| ());
                 }
                 Phase::AllGather | Phase::Broadcast => {
-                    run.copy(run.at(job.dst.ptr, send.span.offset_elems), slot, len_elems);
+                    run.hand_over(run.at(job.dst.ptr, send.span.offset_elems), slot, len_elems);
                 }
             }
         }

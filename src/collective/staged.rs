@@ -15,7 +15,7 @@ use super::area::{Area, RESULT_BYTES, TERMS_BYTES};
 use super::descriptor::Kind;
 use super::executor::{PerRank, Run};
 use crate::error::Result;
-use crate::schedule::{Action, Phase, Schedule, Step};
+use crate::schedule::{Action, Phase, Schedule, Span, Step};
 use crate::world::flag::Flag;
 
 /// Bytes of terms per round and rank. Measured from 32 KiB to 1 MiB with 2 ranks and buffers of 1 to 256 MiB: smaller
@@ -111,7 +111,7 @@ impl Staged<'_> {
             let slot = run.at(mine.terms[generation as usize % 2].as_ptr(), send.chunk as usize * self.slot_elems);
             // SAFETY: everybody has read the terms of two rounds ago; owner `chunk` has its own place in the slot, which
             // holds `world_size` chunks.
-            unsafe { run.copy(run.at(run.job.src.ptr, send.span.offset_elems), slot, send.span.len_elems) };
+            unsafe { run.hand_over(run.at(run.job.src.ptr, send.span.offset_elems), slot, send.span.len_elems) };
         }
         mine.sent.post(generation);
         Ok(())
@@ -142,15 +142,19 @@ impl Staged<'_> {
                     let slot = self.area(peer).terms[generation as usize % 2].as_ptr();
                     terms.set(peer, run.at(slot, run.group.rank as usize * self.slot_elems).cast_const());
                 }
-                let whole = crate::schedule::Span { offset_elems: 0, len_elems: chunk.len_elems };
                 if kind == Kind::AllReduce {
-                    run.reduce(&terms, whole, &[run.at(job.dst.ptr, chunk.offset_elems), result]);
+                    let (dst, element_bytes) = (run.at(job.dst.ptr, chunk.offset_elems), run.dtype.size_bytes());
+                    run.group.hand_over.copy(dst, result, chunk.len_elems * element_bytes, |at, len| {
+                        let part = Span { offset_elems: at / element_bytes, len_elems: len / element_bytes };
+                        run.reduce(&terms, part, &[dst.add(at)]);
+                    });
                 } else {
+                    let whole = Span { offset_elems: 0, len_elems: chunk.len_elems };
                     let in_shard = chunk.offset_elems - self.schedule.shard(run.group.rank).offset_elems;
                     run.reduce(&terms, whole, &[run.at(job.dst.ptr, in_shard)]);
                 }
             } else if has_result {
-                run.copy(run.at(job.dst.ptr, chunk.offset_elems), result, chunk.len_elems);
+                run.hand_over(run.at(job.dst.ptr, chunk.offset_elems), result, chunk.len_elems);
             }
         }
         mine.reduced.post(generation);
