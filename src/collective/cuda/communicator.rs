@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cohort::Part;
+use super::cohort::{Failure, Part};
 use super::connect::{Connection, Meeting, Runner, Transport, together};
 use super::geometry::{Plan, SLOTS};
 use super::leaver::Leaver;
@@ -386,7 +386,7 @@ impl Communicator {
                 Runner::Together(cohort) => {
                     let part = Part { call, arguments, arrived: self.order.clone() };
                     let issued = cohort.issue(part, shape, (&self.kernels, stream), &self.world, self.timeout);
-                    issued.map_err(|error| self.world.raise(known_better(&self.world, error)))
+                    issued.map_err(|failure| self.unordered(failure))
                 }
                 Runner::Stepwise(stepper) => {
                     let site = Site { world: &self.world, kernels: &self.kernels, stream, records: &self.records };
@@ -462,6 +462,19 @@ impl Communicator {
     #[cold]
     fn stopped(&self, error: Error) -> Error {
         self.world.raise(error.clone());
+        error
+    }
+
+    /// An operation that runs, and that nothing on the device puts before what is enqueued on this rank's stream from now on:
+    /// the job has failed, and the host waits for the end.
+    #[cold]
+    fn unordered(&mut self, Failure { error, runs_on }: Failure) -> Error {
+        if let Some(grid) = runs_on {
+            let error = self.stopped(error);
+            self.abort(&grid);
+            self.last = Some(grid); // whoever frees what it uses waits again
+            return error;
+        }
         error
     }
 

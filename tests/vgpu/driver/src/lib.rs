@@ -26,6 +26,7 @@
 //! | `ANNULUS_VGPU_WATCHDOG_MS` | after so long a kernel or a wait for a value is ended as timed out | 60000 |
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
 //! | `ANNULUS_VGPU_CALLS` | a file that gets a line for each call of the driver: its name | none |
+//! | `ANNULUS_VGPU_REFUSE` | a file: once it exists, it holds the name of a function and which call of it is refused | none |
 //! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
@@ -42,6 +43,7 @@ mod ipc;
 mod launch;
 mod mapping;
 mod module;
+mod refusal;
 mod settings;
 mod status;
 mod stream;

@@ -28,6 +28,7 @@ pub(crate) struct Settings {
     pub loads_lazily: bool,
     pub calls: Option<PathBuf>,
     pub tally: Option<PathBuf>,
+    pub refuse: Option<PathBuf>,
     /// Kernels of this process run to their end one after another, whatever their streams and devices.
     pub one_at_a_time: bool,
 }
@@ -53,6 +54,7 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
     },
     calls: std::env::var_os("ANNULUS_VGPU_CALLS").map(PathBuf::from),
     tally: std::env::var_os("ANNULUS_VGPU_TALLY").map(PathBuf::from),
+    refuse: std::env::var_os("ANNULUS_VGPU_REFUSE").map(PathBuf::from),
     one_at_a_time: number("ANNULUS_VGPU_ONE_AT_A_TIME", false),
 });
 

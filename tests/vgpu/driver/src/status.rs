@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use crate::tally;
+use crate::{refusal, tally};
 
 /// A call's failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,8 +72,11 @@ codes! {
 
 /// What a C caller gets.
 pub(crate) fn answer<F: FnOnce() -> Result<()>>(work: F) -> u32 {
-    tally::note_call::<F>();
-    match work() {
+    // The type of the closure tells in which function it is.
+    let place = std::any::type_name::<F>();
+    let name = place.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(place);
+    tally::note_call(name);
+    match refusal::check(name).and_then(|()| work()) {
         Ok(()) => 0,
         Err(Status(code)) => code,
     }

@@ -16,11 +16,9 @@ pub(crate) fn add(kernel: &str, report: &Report) {
     append(path, &format!("{kernel} {instructions} {loaded_bytes} {stored_bytes}\n"));
 }
 
-/// Writes down a call, by the type of the closure in the function of that name.
-pub(crate) fn note_call<F>() {
+/// Writes down a call of the function `name`.
+pub(crate) fn note_call(name: &str) {
     let Some(path) = &SETTINGS.calls else { return };
-    let place = std::any::type_name::<F>();
-    let name = place.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(place);
     append(path, &format!("{name}\n"));
 }
 

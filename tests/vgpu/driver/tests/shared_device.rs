@@ -1,5 +1,7 @@
 //! Ranks that share a device: as threads, in one cooperative grid; and what each is told when something goes wrong.
 
+#[path = "support/linger.rs"]
+mod linger;
 #[path = "support/operations.rs"]
 mod operations;
 #[path = "support/ranks.rs"]
@@ -10,19 +12,21 @@ mod together;
 #[path = "support/trouble.rs"]
 mod trouble;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use annulus::collective::cuda::{Communicator, Options, Transport, Way};
-use annulus::device::cuda::{Priority, Stream, View};
+use annulus::device::cuda::{Pinned, Priority, Stream, View};
 use annulus::schedule::{Algorithm, Collective};
 use annulus::world::{Environment, launch};
 use annulus::{Error, ReduceOp, reference};
 use half::bf16;
+use linger::{linger, release};
 use operations::{every_dtype, every_operation, reduced, ring};
 use ranks::{PATIENCE, Rank, inputs};
 use support::on_virtual_gpu;
 use together::Together;
-use trouble::{a_mismatch_changes_nothing, is_no_part_of_a_graph, is_poisoned_and_usable};
+use trouble::{a_mismatch_changes_nothing, is_no_part_of_a_graph, is_poisoned, is_poisoned_and_usable};
 
 const ONE: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "1")];
 const TWO: &[(&str, &str)] = &[("ANNULUS_VGPU_DEVICES", "2")];
@@ -119,8 +123,6 @@ fn cause(error: Error) -> Error {
     }
 }
 
-/// Afterwards every call is refused, and the device goes on.
-
 #[test]
 fn a_rank_that_does_not_issue_is_named() {
     on_virtual_gpu("a_rank_that_does_not_issue_is_named", ONE, || {
@@ -185,6 +187,73 @@ fn a_rank_that_leaves_is_lost_to_those_who_wait_for_it() {
         })
         .unwrap();
     });
+}
+
+/// The driver launches the grid of two ranks, and then refuses what would put a rank behind it. The grid runs once both ranks
+/// have released their streams, which is `released` after the operation was issued.
+fn a_grid_that_a_rank_is_not_behind(test: &str, refused: &str, released: Duration) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("refused");
+    on_virtual_gpu(test, &[ONE[0], ("ANNULUS_VGPU_REFUSE", path.to_str().unwrap())], || {
+        let path = std::env::var("ANNULUS_VGPU_REFUSE").unwrap();
+        let (together, failed) = (Together::new(2), AtomicU32::new(u32::MAX));
+        launch::threads(2, |environment| {
+            let rank = Rank::on(0, environment);
+            let mut communicator = rank.communicator(Options::default());
+            let area = Pinned::zeroed(rank.kernels.device(), 6 * size_of::<u32>()).unwrap();
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            rank.stream.synchronize(PATIENCE).unwrap();
+            linger(&rank.kernels, &rank.stream, area.address(), PATIENCE);
+            if together.wait() {
+                std::fs::write(&path, refused).unwrap();
+            }
+            together.wait();
+            let (start, area) = (Instant::now(), &area);
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    std::thread::sleep(released);
+                    release(area);
+                });
+                let issued = communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream);
+                let error = issued.and_then(|()| communicator.synchronize(PATIENCE)).unwrap_err();
+                // Nobody gets the buffer back before the grid has ended, if that is soon.
+                let waited = start.elapsed();
+                assert!(waited >= released.min(Duration::from_secs(5)), "{waited:?}: {error:?}");
+                if let Error::Cuda { .. } = error {
+                    failed.store(rank.world.rank(), Ordering::Relaxed);
+                }
+                is_poisoned(&rank, &mut communicator);
+                drop(communicator);
+            });
+            // A grid that runs later than that finds all that it uses.
+            rank.stream.synchronize(PATIENCE).unwrap();
+            together.wait();
+            let fault = rank.world.fault().unwrap();
+            let failed = failed.load(Ordering::Relaxed);
+            assert!(matches!(fault, Error::RankFailed { rank, .. } if rank == failed), "{failed}: {fault:?}");
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_grid_whose_end_cannot_be_recorded_has_ended_when_its_ranks_are_told() {
+    let name = "a_grid_whose_end_cannot_be_recorded_has_ended_when_its_ranks_are_told";
+    // Behind the arrivals of both ranks.
+    a_grid_that_a_rank_is_not_behind(name, "cuEventRecord 3", Duration::from_millis(300));
+}
+
+#[test]
+fn a_grid_whose_end_a_rank_cannot_wait_for_has_ended_when_the_rank_is_told() {
+    let name = "a_grid_whose_end_a_rank_cannot_wait_for_has_ended_when_the_rank_is_told";
+    // The grid's stream waits for both ranks.
+    a_grid_that_a_rank_is_not_behind(name, "cuStreamWaitEvent 3", Duration::from_millis(300));
+}
+
+#[test]
+fn a_grid_that_outlives_its_communicators_finds_their_memory() {
+    let name = "a_grid_that_outlives_its_communicators_finds_their_memory";
+    a_grid_that_a_rank_is_not_behind(name, "cuEventRecord 3", Duration::from_secs(12));
 }
 
 #[test]

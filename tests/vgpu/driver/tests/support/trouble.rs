@@ -10,8 +10,15 @@ use annulus::{DType, Error, ReduceOp};
 use crate::ranks::{PATIENCE, Rank};
 use crate::together::Together;
 
+/// A later call says that the job has failed.
+pub fn is_poisoned(rank: &Rank, communicator: &mut Communicator) {
+    let poisoned = communicator.barrier(&rank.stream).unwrap_err();
+    assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
+}
+
 /// A later call says that the job has failed and touches nothing; the device still works.
 pub fn is_poisoned_and_usable(rank: &Rank, communicator: &mut Communicator) {
+    is_poisoned(rank, communicator);
     let late = rank.framed(&[1.0f32; 4], 0);
     let poisoned = communicator.all_reduce(&late.view, ReduceOp::Sum, &rank.stream).unwrap_err();
     assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned:?}");
