@@ -5,18 +5,24 @@ mod ranks;
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use annulus::world::{Environment, World, WorldOptions};
 use ranks::{PATIENCE, Process, long, names_in, say, torch_rank};
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal};
 
 #[test]
 fn role() {
-    ranks::play(&[("files", files), ("exchanges", exchanges), ("liar", liar)]);
+    ranks::play(&[
+        ("files", files),
+        ("exchanges", exchanges),
+        ("liar", liar),
+        ("starved", starved),
+        ("starved_early", starved_early),
+    ]);
 }
 
 // ---- roles -------------------------------------------------------------------------------------------------------------
@@ -99,6 +105,45 @@ fn liar() {
     say(format!("error {:?}", world.exchange_descriptors(&own, PATIENCE).unwrap_err()));
 }
 
+/// From now on this process may open `left` descriptors more.
+fn starve(left: usize) {
+    let held: Vec<File> = (0..left).map(|_| memory("held")).collect();
+    // The least that is free, below which all are in use.
+    let end = memory("the first that is too many").as_raw_fd();
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(end as u64), maximum: Some(1 << 10) }).unwrap();
+    drop(held);
+}
+
+fn left_to(rank: u32) -> Option<usize> {
+    let [starved, left] =
+        ["TEST_STARVED", "TEST_LEFT"].map(|name| std::env::var(name).unwrap().parse::<usize>().unwrap());
+    (starved == rank as usize).then_some(left)
+}
+
+/// One rank has too few descriptors left for those of the others.
+fn starved() {
+    let world = join(None);
+    let own = memory("x");
+    if let Some(left) = left_to(world.rank()) {
+        starve(left);
+    }
+    let error = loop {
+        if let Err(error) = world.exchange_descriptors(&own, PATIENCE) {
+            break error;
+        }
+    };
+    say(format!("error {error:?}"));
+}
+
+/// One rank has too few descriptors left for what the rendezvous brings.
+fn starved_early() {
+    let environment = Environment::detect().unwrap();
+    if let Some(left) = left_to(environment.rank) {
+        starve(left);
+    }
+    say(format!("error {:?}", World::join(environment, ranks::options()).unwrap_err()));
+}
+
 // ---- tests -------------------------------------------------------------------------------------------------------------
 
 fn start(role: &str, world_size: u32, variables: &[(&str, &str)]) -> (tempfile::TempDir, Vec<Process>) {
@@ -179,4 +224,34 @@ fn p10_what_is_no_such_frame_ends_the_exchange_by_name() {
             assert!(named, "{lie}, rank {rank}: {error}");
         }
     }
+}
+
+/// What each rank says of rank `starved`, which has `left` descriptors left.
+fn told_of_the_starved(role: &str, starved: usize, left: usize) -> Vec<String> {
+    let variables = [("TEST_STARVED", &*starved.to_string()), ("TEST_LEFT", &*left.to_string())];
+    let (_tmpdir, mut processes) = start(role, 3, &variables);
+    let told: Vec<String> = processes.iter_mut().map(|process| process.expect(">> error").1).collect();
+    for (rank, error) in told.iter().enumerate() {
+        assert!(error.contains("(ulimit -n is "), "rank {rank}: {error}");
+        assert_eq!(rank == starved, error.contains("Io {"), "{role}, rank {rank} of {starved}: {error}");
+    }
+    told
+}
+
+/// Where its own is duplicated, where it takes that of another, and where it takes all.
+#[test]
+fn p10_a_rank_without_descriptors_left_is_the_one_that_has_failed() {
+    for (starved, left) in [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1)] {
+        for (rank, error) in told_of_the_starved("starved", starved, left).iter().enumerate() {
+            let named = error.contains(&format!("RankFailed {{ rank: {starved},"));
+            assert!(rank == starved || named, "rank {rank}: {error}");
+        }
+    }
+}
+
+/// In the rendezvous: of the welcome's seven descriptors, and of the two of a hello.
+#[test]
+fn p10_a_rank_without_descriptors_for_the_rendezvous_says_so() {
+    let told = told_of_the_starved("starved_early", 1, 6);
+    assert!(told[0].contains("RankFailed { rank: 1,") && told[2].contains("rank 1 failed"), "{told:#?}");
 }

@@ -16,10 +16,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::world::control::{Call, Kind, Rounds};
-use crate::world::frame::{FRAME_LIMIT_BYTES, Frame, Received, poll_one, receive, send};
+use crate::world::frame::{FRAME_LIMIT_BYTES, Frame, Received, no_descriptor_left, poll_one, receive, send};
 use crate::world::rendezvous::PEER_LIMIT;
 use crate::world::{Core, World};
 
@@ -32,14 +33,17 @@ impl World {
     ///
     /// # Errors
     /// [`Error::PeerLost`] if a rank dies or leaves instead; [`Error::RankFailed`] naming one that sends something else, or
-    /// does not take what it is sent within 2 s, or has too few descriptors left (`ulimit -n`); else as
-    /// [`barrier`](World::barrier). Each of them is the job's fault.
+    /// does not take what it is sent within 2 s, or has too few descriptors left (`ulimit -n`), which is [`Error::Io`] on that
+    /// rank itself; else as [`barrier`](World::barrier). Each of them is the job's fault.
     pub fn exchange_descriptors(&self, own: impl AsFd, timeout: Duration) -> Result<Vec<OwnedFd>> {
         let call = Call { kind: Kind::Descriptors, root: 0, name: "" };
         self.core().control_call(call, timeout, |order, rounds| {
             rounds.exchange(order, &[], 0, |_, _, _| Ok(()))?;
             let mut star = Star { rounds, buffer: vec![0; FRAME_LIMIT_BYTES + 1] };
-            star.pass(own.as_fd()).map_err(|error| self.raise(error))
+            star.pass(own.as_fd()).map_err(|error| {
+                // Of a peer in the words of all; of this rank in its own.
+                if matches!(error, Error::Io { .. }) { self.fail(error) } else { self.raise(error) }
+            })
         })
     }
 }
@@ -58,7 +62,10 @@ impl Star<'_, '_> {
             self.give(0, &[own])?;
             return self.take(0, world_size as usize);
         }
-        let own = own.try_clone_to_owned().map_err(|error| Error::io("duplicating a descriptor", error))?;
+        let own = own.try_clone_to_owned().map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::MFILE) => no_descriptor_left("duplicating a descriptor"),
+            _ => Error::io("duplicating a descriptor", error),
+        })?;
         let mut all = vec![own];
         for peer in 1..world_size {
             all.append(&mut self.take(peer, 1)?);
@@ -101,6 +108,7 @@ impl Star<'_, '_> {
                     return Err(self.failed(peer, format!("it sent {frame:?} with {count} descriptors, not {len}")));
                 }
                 Received::Garbage(reason) => return Err(self.failed(peer, format!("it sent {reason}"))),
+                Received::Full(error) => return Err(error),
                 Received::Closed => return Err(self.lost(peer)),
                 Received::Nothing => {
                     self.rounds.go_on(|| vec![peer])?;

@@ -106,6 +106,8 @@ pub(crate) enum Received {
     Frame(Frame, Vec<OwnedFd>),
     /// Something that is no frame; the reason.
     Garbage(String),
+    /// A frame with more descriptors than this process may open: its own error.
+    Full(Error),
     /// The other side has closed.
     Closed,
     /// Nothing there yet.
@@ -163,14 +165,23 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Received {
         return Received::Garbage(format!("a frame longer than {FRAME_LIMIT_BYTES} bytes"));
     }
     if message.flags.contains(ReturnFlags::CTRUNC) {
-        return Received::Garbage(format!(
-            "a frame with more descriptors than {FRAME_LIMIT_FDS} or than this process may open (ulimit -n)"
-        ));
+        // Cut short where there was room for more, so by the limit of this process.
+        return match fds.len() {
+            FRAME_LIMIT_FDS.. => Received::Garbage(format!("a frame with more descriptors than {FRAME_LIMIT_FDS}")),
+            _ => Received::Full(no_descriptor_left("receiving descriptors")),
+        };
     }
     match Frame::decode(&buffer[..message.bytes]) {
         Ok(frame) => Received::Frame(frame, fds),
         Err(reason) => Received::Garbage(reason),
     }
+}
+
+/// The error of a process that may open no more descriptors.
+pub(crate) fn no_descriptor_left(what: &str) -> Error {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string());
+    Error::io(format!("{what} (ulimit -n is {limit})"), Errno::MFILE)
 }
 
 /// What is left until `deadline`, for poll: rounded up, so that a wait does not end before it.

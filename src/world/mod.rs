@@ -293,6 +293,13 @@ impl World {
         self.core().raise(error)
     }
 
+    /// As [`raise`](World::raise), for an error that this rank tells in its own words.
+    #[cold]
+    pub(crate) fn fail(&self, error: Error) -> Error {
+        self.raise(error.clone());
+        error
+    }
+
     /// Notes in the flight recorder that an operation has started at `now_ns`, a reading of
     /// [`telemetry::now_ns`](crate::telemetry::now_ns).
     pub fn record_start(&self, record: &Record<'_>, now_ns: u64) -> RecordId {

@@ -180,7 +180,7 @@ impl<'a> Server<'a> {
             }
             let (listener_ready, ready) = self.poll()?;
             self.check_members(&ready)?;
-            self.serve_strangers(&ready);
+            self.serve_strangers(&ready)?;
             if listener_ready {
                 self.accept();
             }
@@ -252,12 +252,13 @@ impl<'a> Server<'a> {
                 Received::Garbage(reason) => {
                     return Err(refused(&self.party.place, format!("rank {rank} sent {reason} after its hello")));
                 }
+                Received::Full(error) => return Err(error),
             }
         }
         Ok(())
     }
 
-    fn serve_strangers(&mut self, ready: &[i32]) {
+    fn serve_strangers(&mut self, ready: &[i32]) -> Result<()> {
         let now = Instant::now();
         let mut index = 0;
         while index < self.strangers.len() {
@@ -278,6 +279,10 @@ impl<'a> Server<'a> {
                     let stranger = self.strangers.swap_remove(index);
                     refuse(&stranger.socket, reason);
                 }
+                Received::Full(error) => {
+                    refuse(&self.strangers.swap_remove(index).socket, format!("rank 0 gave up: {error}"));
+                    return Err(error);
+                }
                 Received::Frame(frame, fds) => {
                     let stranger = self.strangers.swap_remove(index);
                     match self.admit(frame, fds) {
@@ -291,6 +296,7 @@ impl<'a> Server<'a> {
                 }
             }
         }
+        Ok(())
     }
 
     /// The rank that a hello makes a member, or why it does not.
@@ -365,6 +371,7 @@ impl<'a> Server<'a> {
                 Received::Frame(Frame::Ready, _) => {}
                 Received::Frame(Frame::Refused { reason }, _) => return Err(Error::RankFailed { rank, reason }),
                 Received::Frame(..) | Received::Garbage(_) | Received::Closed => return Err(lost()),
+                Received::Full(error) => return Err(error),
                 Received::Nothing => {
                     return Err(Error::RanksMissing {
                         rank: 0,
@@ -452,6 +459,11 @@ fn join(party: &Party, arena: Segment, deadline: Instant) -> Result<Met> {
                     break;
                 }
                 Received::Garbage(reason) => return Err(refused(&party.place, format!("rank 0 sent {reason}"))),
+                Received::Full(error) => {
+                    let told = Frame::Refused { reason: error.to_string() };
+                    let _ = send(socket.as_fd(), &told, &[], Instant::now() + PEER_LIMIT); // or it sees that this rank is gone
+                    return Err(error);
+                }
                 Received::Frame(Frame::Greeting { nonce }, _) if greeted.is_none() => {
                     greeted = from_hex(&nonce);
                     let hello = Frame::Hello {
