@@ -46,6 +46,13 @@ fn links_verdicts_and_the_ring_are_told() {
     ] {
         assert!(told.contains(line), "{line} is not in\n{told}");
     }
+    let advice = told.split_once("; for ranks in this order, CUDA_VISIBLE_DEVICES=").map(|(_, rest)| rest);
+    let uuids: Vec<&str> = advice.unwrap_or_default().lines().next().unwrap_or_default().split(',').collect();
+    let uuid_of = |device: u32| {
+        let line = told.lines().find(|line| line.trim_start().starts_with(&format!("device {device} "))).unwrap();
+        line.split(", ").find(|part| part.starts_with("GPU-")).unwrap()
+    };
+    assert_eq!(uuids, [0, 1, 3, 2].map(uuid_of), "{told}");
     let output = info(&[DRIVER, MANAGEMENT], &PAIRS, &["--json"]);
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["links"]["matrix"][1], serde_json::json!(["SYS", "X", "SYS", "NV4"]));
@@ -65,6 +72,7 @@ fn either_library_may_be_absent() {
     let only_driver = told(&[DRIVER]);
     assert!(only_driver.contains("management library         no   the NVIDIA management library"), "{only_driver}");
     assert!(only_driver.contains("ring of devices            yes  0 - 1 - 2 - 3, and back"), "{only_driver}");
+    assert!(!only_driver.contains("CUDA_VISIBLE_DEVICES"), "there is nothing to gain");
     let only_management = told(&[MANAGEMENT]);
     assert!(only_management.contains("NVIDIA driver              no   no NVIDIA driver"), "{only_management}");
     assert!(only_management.contains("GPU0    X"), "{only_management}");

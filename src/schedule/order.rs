@@ -6,6 +6,10 @@ const EXHAUSTIVE: usize = 8;
 /// The order in which `ranks` ranks stand on a ring so that its worst link is as good as can be and, among such rings, the
 /// sum of all links. `closeness(a, b)` is larger where more bytes get through; of the two directions the worse counts.
 ///
+/// It is advice for who numbers the ranks, as `annulus info` gives it. A communicator's own ring is always `0, 1, 2, ..`: a ring
+/// adds in the order in which the ranks stand, so the bits of a sum would depend on the machine, and would not be those of the
+/// host.
+///
 /// The first is rank 0, and among equals the order is the first in the dictionary, so `0, 1, 2, ..` where all links are
 /// alike. It depends on nothing but the arguments: every rank that knows all links finds the same. Exact up to 8 ranks;
 /// above that never worse than `0, 1, 2, ..`, and better where reversing parts of the ring helps (2-opt: Croes, "A method

@@ -85,9 +85,14 @@ mod with_cuda {
         }
         if usable.len() > 1 {
             let order = ring_order(usable.len(), |one, other| closeness[one][other]);
-            let ordinals: Vec<String> =
-                order.iter().map(|index| usable[*index].device().ordinal().to_string()).collect();
-            let detail = format!("{}, and back: its worst link is as good as can be", ordinals.join(" - "));
+            let devices = || order.iter().map(|index| usable[*index].device());
+            let ordinals: Vec<String> = devices().map(|device| device.ordinal().to_string()).collect();
+            let mut detail = format!("{}, and back: its worst link is as good as can be", ordinals.join(" - "));
+            if !order.is_sorted() {
+                // Ranks take devices in the order in which they see them, and a communicator's ring is that of the ranks.
+                let uuids: Vec<String> = devices().map(|device| device.uuid().to_string()).collect();
+                detail += &format!("; for ranks in this order, CUDA_VISIBLE_DEVICES={}", uuids.join(","));
+            }
             findings.push(Finding { what: "ring of devices".into(), found: true, detail });
         }
     }
