@@ -41,13 +41,29 @@ struct Queue {
     is_released: bool,
 }
 
+impl Queue {
+    fn forget_the_past(&mut self, page: &Page) {
+        while let Some(wait) = self.pending.front()
+            && reached(page.signal(wait.peer, wait.awaited), wait.expected)
+        {
+            self.pending.pop_front();
+            self.since = None;
+        }
+    }
+}
+
 impl Waits {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, wait: FaultRecord) {
-        self.queue().pending.push_back(wait);
+    /// One more. Room is made by those that are over before there is more of it.
+    fn push(&self, page: &Page, wait: FaultRecord) {
+        let queue = &mut *self.queue();
+        if queue.pending.len() == queue.pending.capacity() {
+            queue.forget_the_past(page);
+        }
+        queue.pending.push_back(wait);
     }
 
     /// The wait that the stream stands at for longer than `timeout`, if there is one. `page` is the waiting rank's; the
@@ -57,12 +73,7 @@ impl Waits {
         if queue.is_released {
             return None;
         }
-        while let Some(wait) = queue.pending.front()
-            && reached(page.signal(wait.peer, wait.awaited), wait.expected)
-        {
-            queue.pending.pop_front();
-            queue.since = None;
-        }
+        queue.forget_the_past(page);
         let wait = queue.pending.front().filter(|wait| reached(begun, wait.operation))?;
         let since = *queue.since.get_or_insert_with(Instant::now);
         (since.elapsed() > timeout).then(|| FaultRecord { seen: page.signal(wait.peer, wait.awaited), ..*wait })
@@ -196,19 +207,22 @@ impl Stepper {
         if reached(site.records.own_page().signal(peer, awaited), expected) {
             return Ok(());
         }
-        site.records.waits().push(FaultRecord {
-            reason: Reason::Late as u32,
-            operation: work.operation,
-            rank: site.world.rank(),
-            peer,
-            awaited,
-            phase: step.phase.into(),
-            index: step.index.into(),
-            chunk: step.chunk.into(),
-            round,
-            expected,
-            seen: 0,
-        });
+        site.records.waits().push(
+            site.records.own_page(),
+            FaultRecord {
+                reason: Reason::Late as u32,
+                operation: work.operation,
+                rank: site.world.rank(),
+                peer,
+                awaited,
+                phase: step.phase.into(),
+                index: step.index.into(),
+                chunk: step.chunk.into(),
+                round,
+                expected,
+                seen: 0,
+            },
+        );
         // SAFETY: a word of this rank's page, which is mapped for the device as long as the communicator lives.
         unsafe { site.stream.wait_value(self.page + Page::signal_offset_bytes(peer, awaited) as u64, expected) }
     }
@@ -244,9 +258,9 @@ mod tests {
     /// The waits of two operations for peer 3, of which the first stands at its data.
     fn waits(page: &Page) -> Waits {
         let waits = Waits::default();
-        waits.push(wait(1, 3, Awaited::Greeting, 1));
-        waits.push(wait(1, 3, Awaited::Data, 5));
-        waits.push(wait(2, 3, Awaited::Data, 6));
+        waits.push(page, wait(1, 3, Awaited::Greeting, 1));
+        waits.push(page, wait(1, 3, Awaited::Data, 5));
+        waits.push(page, wait(2, 3, Awaited::Data, 6));
         page.count(3, Awaited::Greeting as u32, 1);
         page.count(3, Awaited::Data as u32, 4);
         waits
@@ -265,6 +279,22 @@ mod tests {
         page.count(3, Awaited::Data as u32, 5);
         assert_eq!(overdue(1, Duration::ZERO), None, "the next operation has not begun");
         assert_eq!(overdue(2, Duration::from_secs(3600)), None, "its clock begins anew");
+    }
+
+    #[test]
+    fn waits_that_are_over_make_room_for_others() {
+        let (page, waits) = (page(), Waits::default());
+        let capacity = || waits.queue().pending.capacity();
+        let push = |expected: u32| waits.push(&page, wait(1, 3, Awaited::Data, expected));
+        push(1);
+        let first = capacity();
+        for expected in 2..10 * first as u32 {
+            page.count(3, Awaited::Data as u32, expected - 1);
+            push(expected);
+        }
+        assert_eq!(capacity(), first);
+        (0..first as u32).for_each(|more| push(10 * first as u32 + more));
+        assert!(capacity() > first, "no wait is forgotten that is not over");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Ranks that share a device: as threads, in one cooperative grid; and what each is told when something goes wrong.
 
+#[path = "../../../counting/mod.rs"]
+mod counting;
 #[path = "support/linger.rs"]
 mod linger;
 #[path = "support/operations.rs"]
@@ -12,11 +14,12 @@ mod together;
 #[path = "support/trouble.rs"]
 mod trouble;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use annulus::collective::cuda::{Communicator, Options, Transport, Way};
-use annulus::device::cuda::{Pinned, Priority, Stream, View};
+use annulus::device::cuda::{Driver, Pinned, Priority, Stream, View};
 use annulus::schedule::{Algorithm, Collective};
 use annulus::world::{Environment, launch};
 use annulus::{Error, ReduceOp, reference};
@@ -104,6 +107,103 @@ fn long_vectors_take_several_rounds_and_streams_one_order() {
                 let expected = reference::all_reduce(&[average.clone(), average], ReduceOp::Sum).unwrap();
                 buffer.check(&rank, &expected, &format!("{len_elems} elements twice"));
             }
+        })
+        .unwrap();
+    });
+}
+
+/// A collective in its steady state asks the driver to enqueue and to look, and the heap for nothing.
+fn a_steady_state(test: &str, devices: &str, way: Way) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("calls");
+    let variables = [("ANNULUS_VGPU_DEVICES", devices), ("ANNULUS_VGPU_CALLS", file.to_str().unwrap())];
+    let launches = if way == Way::Cooperative { "cuLaunchCooperativeKernel" } else { "cuLaunchKernel" };
+    let allowed = [
+        launches,
+        "cuCtxSetCurrent",
+        "cuEventRecord",
+        "cuStreamQuery",
+        "cuStreamWaitEvent",
+        "cuStreamWaitValue32_v2",
+        "cuStreamWriteValue32_v2",
+    ];
+    on_virtual_gpu(test, &variables, || {
+        let calls = || std::fs::read_to_string(std::env::var("ANNULUS_VGPU_CALLS").unwrap()).unwrap();
+        let (together, devices) = (Together::new(2), Driver::open().unwrap().len_devices());
+        launch::threads(2, |environment| {
+            let rank = Rank::on(environment.rank % devices, environment);
+            let second = Stream::new(rank.kernels.device(), "second", Priority::Normal).unwrap();
+            for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+                let options = Options { algorithm: Some(algorithm), way: Some(way), ..Options::default() };
+                let mut communicator = rank.communicator(options);
+                let buffer = rank.framed(&[1.0f32; 100], 0);
+                let shard = buffer.view.slice(50 * rank.number(), 50).unwrap();
+                let mut step = || {
+                    communicator.reduce_scatter(&buffer.view, &shard, ReduceOp::Avg, &rank.stream).unwrap();
+                    communicator.all_gather(&shard, &buffer.view, &second).unwrap();
+                    communicator.all_reduce(&buffer.view, ReduceOp::Max, &rank.stream).unwrap();
+                    communicator.broadcast(&buffer.view, 1, &rank.stream).unwrap();
+                    communicator.barrier(&rank.stream).unwrap();
+                    communicator.synchronize(PATIENCE).unwrap();
+                };
+                (0..10).for_each(|_| step());
+                together.wait();
+                let before = calls().len();
+                let allocations = counting::allocations_of(&together, || (0..10).for_each(|_| step()));
+                assert_eq!(allocations, 0, "{algorithm:?}: the largest of {} bytes", counting::largest_bytes());
+                let calls: BTreeSet<String> = calls()[before..].lines().map(str::to_owned).collect();
+                assert!(calls.iter().all(|call| allowed.contains(&call.as_str())), "{algorithm:?}: {calls:?}");
+                assert!(calls.contains(launches), "{algorithm:?}: {calls:?}");
+                together.wait();
+            }
+        })
+        .unwrap();
+    });
+}
+
+#[test]
+fn a_cooperative_collective_allocates_nothing() {
+    a_steady_state("a_cooperative_collective_allocates_nothing", "1", Way::Cooperative);
+}
+
+#[test]
+fn a_collective_by_steps_allocates_nothing() {
+    a_steady_state("a_collective_by_steps_allocates_nothing", "2", Way::Stepped);
+}
+
+/// Of the 16 blocks of the device, each takes one for each rank.
+#[test]
+fn no_more_communicators_are_made_than_fit_on_the_device_together() {
+    on_virtual_gpu("no_more_communicators_are_made_than_fit_on_the_device_together", ONE, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::on(0, environment);
+            let second = Stream::new(rank.kernels.device(), "second", Priority::Normal).unwrap();
+            let another = |way| Communicator::new(&rank.world, &rank.kernels, Options { way, ..Options::default() });
+            let mut all = Vec::new();
+            let refused = loop {
+                match another(None) {
+                    Ok(communicator) => all.push((communicator, rank.framed(&[1.0f32; 100], 0))),
+                    Err(refused) => break refused,
+                }
+            };
+            assert!(matches!(refused, Error::InvalidArgument { .. }), "{refused:?}");
+            assert!(refused.to_string().contains("16 of the 16 blocks"), "{refused}");
+            assert_eq!(all.len(), 8);
+            // Kernels that do not wait take none.
+            drop(another(Some(Way::Stepped)).unwrap());
+            // All at once, on streams of either priority.
+            for (index, (communicator, buffer)) in all.iter_mut().enumerate() {
+                let stream = if index % 2 == 0 { &rank.stream } else { &second };
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, stream).unwrap();
+            }
+            for (communicator, buffer) in &mut all {
+                communicator.synchronize(PATIENCE).unwrap();
+                buffer.check(&rank, &[2.0f32; 100], "a sum beside others");
+            }
+            all.pop();
+            rank.world.barrier("of the test", PATIENCE).unwrap();
+            all.push((another(None).unwrap(), rank.framed(&[1.0f32; 1], 0)));
+            assert!(another(None).is_err() && rank.world.fault().is_none());
         })
         .unwrap();
     });
