@@ -1,12 +1,13 @@
 //! The communicator: validates, gives an order, hands to a stream.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::calls::Calls;
 use super::descriptor::{Descriptor, Kind, Partials};
 use super::executor::{Group, Job, Operand};
 use super::hand_over::HandOver;
+use super::membership;
 use super::operands::{Extent, all_shards, check_extent};
 use super::operation::{Log, Operation, operand, perform};
 use super::work::{Pool, Work};
@@ -15,7 +16,7 @@ use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::schedule::Algorithm;
 use crate::telemetry::Timeline;
-use crate::world::{MAX_GROUPS, Region, World};
+use crate::world::{Region, World};
 
 /// Time beyond the operation's own deadline that a caller waits for a queued operation: the deadline reports the cause.
 const QUEUE_GRACE: Duration = Duration::from_secs(1_200);
@@ -53,7 +54,7 @@ pub struct Communicator {
     pub(super) group: Arc<Group>,
     options: CollectiveOptions,
     log: Log,
-    sequence: u64,
+    calls: Calls,
     /// Stream of the operation issued last: the next one runs behind it.
     last: Option<Stream>,
     order: Event,
@@ -68,7 +69,7 @@ impl Communicator {
     /// [`Error::InvalidArgument`] on every rank if the world's group areas are used up; [`Error::NoSpace`] on a rank that
     /// gets no memory and [`Error::RankFailed`] on the others; the world's fault.
     pub fn new(world: &World, options: CollectiveOptions) -> Result<Communicator> {
-        let (index, region) = claim_area(world)?;
+        let (index, region) = membership::claim(world)?;
         let members = (0..world.world_size()).collect();
         Ok(Communicator::over(world.clone(), index, region, world.rank(), members, options))
     }
@@ -93,10 +94,10 @@ impl Communicator {
             world,
         };
         Communicator {
+            calls: Calls::new(group.world_size(), (options.algorithm, options.partials)),
             group: Arc::new(group),
             log: Log { track: options.timeline.track("communication"), timeline: options.timeline.clone() },
             options,
-            sequence: 0,
             last: None,
             order: Event::new(),
             pool: Pool::new(),
@@ -128,7 +129,7 @@ impl Communicator {
         let have = self.gather(i64::from(matches!(region, Some(Ok(_)))))?;
         let Some(rank) = members.iter().position(|member| *member == self.rank()) else { return Ok(None) };
         let (Some(index), Some(region)) = (index, region) else {
-            return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
+            return Err(claimed.and_then(Result::err).unwrap_or_else(membership::none_left));
         };
         let world = &self.group.world;
         match (region, members.iter().find(|member| have[**member as usize] == 0)) {
@@ -284,19 +285,7 @@ impl Communicator {
         op: ReduceOp,
         root: u32,
     ) -> Result<Descriptor> {
-        if let Some(cause) = self.group.world.fault() {
-            return Err(Error::Poisoned { cause: Box::new(cause) });
-        }
-        if root >= self.world_size() {
-            return Err(Error::InvalidArgument {
-                argument: "root",
-                value: root.to_string(),
-                accepted: "must be a rank of the group",
-            });
-        }
-        op.check(dtype)?;
-        let how = (self.options.algorithm, self.options.partials);
-        Ok(Descriptor::new(self.sequence + 1, kind, dtype, len_elems, op, root, how))
+        self.calls.next(self.group.world.fault(), kind, dtype, len_elems, op, root)
     }
 
     fn issue_pair(
@@ -322,20 +311,20 @@ impl Communicator {
         held: fn(&B) -> Held<'_>,
     ) -> Result<Work<B>> {
         let job = Job { descriptor, src, dst };
-        self.sequence += 1;
-        self.line_up(stream).map_err(|error| self.stopped(error))?;
+        self.calls.note_issued(1);
+        self.line_up(stream).map_err(|error| self.group.world.fail(error))?;
         if stream.is_immediate() {
             let memory = held(&buffers).map(|memory| memory.map(|memory| &**memory));
             // SAFETY: the operands point into `buffers`, which are not given back before the operation has ended, and never
             // after an error; their lengths were checked against the descriptor; the communicator lines its operations up.
             let run = || unsafe { perform(&self.group, &self.log, &job, memory) };
-            let result = stream.run(run).map_err(|error| self.stopped(error))?;
+            let result = stream.run(run).map_err(|error| self.group.world.fail(error))?;
             return Ok(Work::ended(buffers, result));
         }
         let memory = held(&buffers).map(|memory| memory.cloned());
         let (completion, promise) = self.pool.take();
         let operation = Operation { memory, log: self.log.clone(), group: Arc::clone(&self.group), job, promise };
-        stream.enqueue(move || operation.run()).map_err(|error| self.stopped(error))?;
+        stream.enqueue(move || operation.run()).map_err(|error| self.group.world.fail(error))?;
         // The deadline of the operation counts from where it begins.
         let timeout = self.group.timeout.saturating_add(QUEUE_GRACE);
         Ok(Work::in_flight(buffers, completion, timeout))
@@ -353,12 +342,12 @@ impl Communicator {
         dst: Operand,
         held: Option<&dyn Memory>,
     ) -> Result<()> {
-        self.sequence += 1;
+        self.calls.note_issued(1);
         let job = Job { descriptor, src, dst };
         // SAFETY: the caller's promise; private operands are touched by nobody else, also after an error.
         let run = || unsafe { perform(&self.group, &self.log, &job, [held, None]) };
         match &self.last {
-            Some(last) => last.run(run).map_err(|error| self.stopped(error))?,
+            Some(last) => last.run(run).map_err(|error| self.group.world.fail(error))?,
             None => run(),
         }
     }
@@ -375,13 +364,6 @@ impl Communicator {
         }
         self.last = Some(stream.clone());
         Ok(())
-    }
-
-    /// A stream that does not take an operation ends the job: the peers would wait for it.
-    #[cold]
-    fn stopped(&self, error: Error) -> Error {
-        self.group.world.raise(error.clone());
-        error
     }
 
     /// Where this rank's shard begins.
@@ -403,7 +385,7 @@ impl std::fmt::Debug for Communicator {
         f.debug_struct("Communicator")
             .field("rank", &self.group.rank)
             .field("members", &self.group.members)
-            .field("sequence", &self.sequence)
+            .field("sequence", &self.calls.issued())
             .finish_non_exhaustive()
     }
 }
@@ -411,53 +393,12 @@ impl std::fmt::Debug for Communicator {
 // Operations in flight hold the group: who lets go of it last leaves.
 impl Drop for Group {
     fn drop(&mut self) {
-        // The last member to leave gives the area back. AcqRel: everything the others did to the area comes before.
-        let departed = &self.area(0).departed;
-        let last = departed.fetch_add(1, Ordering::AcqRel) + 1 == self.world_size();
-        if last && self.world.fault().is_none() {
-            // An area that cannot be given back is one fewer to use; nothing else depends on it.
-            if let Err(error) = self.world.release_group(self.index) {
-                tracing::warn!(%error, group = self.index, "could not give back a communicator's area");
-            }
-        }
+        membership::leave(&self.world, self.index, &self.area(0).departed, self.world_size());
     }
 }
 
 fn one(buffer: &Buffer) -> Held<'_> {
     [Some(buffer.memory()), None]
-}
-
-/// A group area for all ranks of `world`, with its memory, on every rank or on none. Collective.
-pub(super) fn claim_area(world: &World) -> Result<(u32, Region)> {
-    let timeout = world.options().timeout;
-    let claimed = (world.rank() == 0).then(|| world.claim_group());
-    let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
-    let Some(index) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
-        return Err(claimed.and_then(Result::err).unwrap_or_else(no_area));
-    };
-    let region = world.group_area(index);
-    let trouble = region.as_ref().err().map(Error::to_string).unwrap_or_default();
-    let troubles = world.all_gather_bytes(trouble.as_bytes(), timeout)?;
-    let first = troubles.iter().zip(0..).find(|(trouble, _)| !trouble.is_empty());
-    match (region, first) {
-        (Ok(region), None) => Ok((index, region)),
-        (region, first) => {
-            if world.rank() == 0 {
-                world.release_group(index)?; // nobody has used it
-            }
-            let (reason, rank) =
-                first.map_or((Default::default(), 0), |(text, rank)| (String::from_utf8_lossy(text), rank));
-            Err(region.err().unwrap_or_else(|| Error::RankFailed { rank, reason: reason.into_owned() }))
-        }
-    }
-}
-
-fn no_area() -> Error {
-    Error::InvalidArgument {
-        argument: "communicators alive",
-        value: (MAX_GROUPS + 1).to_string(),
-        accepted: "16 communicators at most may be alive at once",
-    }
 }
 
 fn extent(buffer: &Buffer) -> Extent {

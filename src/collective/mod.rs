@@ -18,6 +18,7 @@
 //! | staged | a private buffer among them | about 3 S + 2 S, the excess in cache | 3 a round |
 
 mod area;
+mod calls;
 mod combine;
 mod communicator;
 #[cfg(all(feature = "cuda", not(loom)))]
@@ -32,6 +33,7 @@ mod half512;
 mod half_blocks;
 mod hand_over;
 mod lane;
+mod membership;
 mod operands;
 mod operation;
 mod partial;

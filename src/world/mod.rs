@@ -39,7 +39,7 @@ pub use arena::ArenaRange;
 pub use board::{GROUP_AREA_BYTES, MAX_GROUPS, MAX_RANKS, Region};
 pub use control::GATHER_LIMIT_BYTES;
 pub use environment::{Environment, Launcher};
-pub(crate) use outpost::Outpost;
+pub(crate) use outpost::{Outpost, Watch};
 pub use recorder::{Record, RecordId};
 pub use segment::Segment;
 

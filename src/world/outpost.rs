@@ -3,7 +3,7 @@
 //! The monitor visits every outpost once a beat: one that has found an error raises it for the whole job, and when the job
 //! has failed, all of them are told to stop waiting.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::board::RankState;
 use super::{Core, World};
@@ -23,25 +23,23 @@ pub(crate) trait Outpost: Send + Sync {
 
 /// The outposts of one rank.
 #[derive(Default)]
-pub(super) struct Outposts(Mutex<Vec<Weak<dyn Outpost>>>);
+pub(super) struct Outposts(Mutex<Vec<Arc<dyn Outpost>>>);
 
 impl Outposts {
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<dyn Outpost>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<dyn Outpost>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn abort(&self) {
-        self.lock().iter().filter_map(Weak::upgrade).for_each(|outpost| outpost.abort());
+        self.lock().iter().for_each(|outpost| outpost.abort());
     }
 
     /// What one of them has found; else whether any is stuck.
     fn look(&self) -> (Option<Error>, bool) {
-        let mut outposts = self.lock();
-        outposts.retain(|outpost| outpost.strong_count() > 0);
-        let alive = || outposts.iter().filter_map(Weak::upgrade);
-        match alive().find_map(|outpost| outpost.look()) {
+        let outposts = self.lock();
+        match outposts.iter().find_map(|outpost| outpost.look()) {
             Some(error) => (Some(error), false),
-            None => (None, alive().filter(|outpost| outpost.is_stuck()).count() > 0), // each counts its beats
+            None => (None, outposts.iter().filter(|outpost| outpost.is_stuck()).count() > 0), // each counts its beats
         }
     }
 }
@@ -52,14 +50,27 @@ impl std::fmt::Debug for Outposts {
     }
 }
 
+/// Has an outpost visited until this is dropped. Then no visit goes on, and none comes: what the outpost looks at may go, and
+/// whoever drops it frees it, which waits for a device. The monitor must not: it beats.
+pub(crate) struct Watch {
+    world: World,
+    outpost: Arc<dyn Outpost>,
+}
+
 impl World {
-    /// Has `outpost` visited as long as it lives.
-    pub(crate) fn watch(&self, outpost: &Arc<dyn Outpost>) {
-        self.core().outposts.lock().push(Arc::downgrade(outpost));
+    pub(crate) fn watch(&self, outpost: Arc<dyn Outpost>) -> Watch {
+        self.core().outposts.lock().push(Arc::clone(&outpost));
         // It may be late.
         if self.fault().is_some() {
             outpost.abort();
         }
+        Watch { world: self.clone(), outpost }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.world.core().outposts.lock().retain(|other| !Arc::ptr_eq(other, &self.outpost));
     }
 }
 

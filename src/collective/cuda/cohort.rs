@@ -130,9 +130,7 @@ impl Cohort {
                 let error = world.fault().unwrap_or_else(|| error.clone()); // as this rank tells it
                 Err(Failure { error, runs_on: runs_on.clone() })
             }
-            Some(Ok(grid)) => {
-                stream.wait(&self.0.done).map_err(|error| Failure { error, runs_on: Some(grid.clone()) })
-            }
+            Some(Ok(grid)) => stream.wait(&self.0.done).map_err(|error| Failure { error, runs_on: Some(grid.clone()) }),
         }
     }
 

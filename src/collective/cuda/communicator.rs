@@ -1,12 +1,12 @@
 //! The communicator of devices: validates, gives an order, launches.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cohort::{Failure, Part};
 use super::connect::{Connection, Meeting, Runner, Transport, together};
 use super::geometry::{Plan, SLOTS};
+use super::history::History;
 use super::leaver::Leaver;
 use super::page::Page;
 use super::records::Records;
@@ -14,22 +14,19 @@ use super::stepped::{Site, Work};
 use super::tables::Tables;
 use super::way::Way;
 use crate::abi::collective::{CollectiveArguments, RankArguments, RankState, collective_entry, reduce_code};
-use crate::collective::communicator::claim_area;
+use crate::collective::calls::Calls;
 use crate::collective::descriptor::{Descriptor, Kind, Partials};
+use crate::collective::membership;
 use crate::collective::operands::{Extent, all_shards, check_extent};
 use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Stream, View};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::schedule::Algorithm;
-use crate::telemetry;
-use crate::world::flag::reached;
-use crate::world::{Outpost, Record, RecordId, Region, World};
+use crate::world::{Outpost, Region, Watch, World};
 use bytemuck::Zeroable;
 
 /// What the host waits beyond the kernels' own deadline.
 const GRACE: Duration = Duration::from_secs(5);
-/// Operations whose end is yet to be noted in the flight recorder, which itself keeps no more.
-const UNFINISHED: usize = 1024;
 /// Said of an operation that cannot be part of a graph.
 const NOT_CAPTURED: &str = "a collective of ranks that share a device";
 
@@ -43,7 +40,7 @@ pub struct Options {
     /// Deadline of a wait for a peer; by default the world's.
     pub timeout: Option<Duration>,
     /// Most blocks of an operation: multiprocessors that it takes from what it overlaps with. By default a quarter of the
-    /// device's, 32 at most; fewer where ranks share devices and more would not run at the same time.
+    /// device's, 32 at most; fewer where ranks share devices, or communicators do, and more would not run at the same time.
     pub channels: Option<u32>,
     /// Force a way of running; by default it follows from the devices that the ranks are on, as [`Way`] says.
     pub way: Option<Way>,
@@ -62,7 +59,8 @@ pub struct Options {
 ///
 /// An operation can be captured in a graph where every rank has a device of its own ([`Way::Persistent`]), and not else.
 /// By [`Way::Cooperative`] a call first waits until the other ranks on the device have called, no longer than the timeout:
-/// ranks that share a device must issue the operations of all their communicators in the same order. By [`Way::Stepped`] a
+/// ranks that share a device must issue the operations of all their communicators in the same order; the others should, see
+/// [`Way`]. By [`Way::Stepped`] a
 /// call may wait for room in the stream, as one that launches many kernels.
 pub struct Communicator {
     world: World,
@@ -70,17 +68,18 @@ pub struct Communicator {
     region: Region,
     device: Device,
     kernels: Kernels,
-    options: Options,
     timeout: Duration,
     connection: Option<Connection>,
     tables: Tables,
     state: Buffer,
     records: Arc<Records>,
-    sequence: u64,
+    /// Looks at the records, and at the group's area.
+    watch: Option<Watch>,
+    calls: Calls,
     /// Stream of the operation issued last: the next one runs behind it.
     last: Option<Stream>,
     order: Event,
-    unfinished: VecDeque<(u32, RecordId)>,
+    history: History,
 }
 
 impl Communicator {
@@ -88,11 +87,12 @@ impl Communicator {
     /// in the same order as other constructors. It is made on every rank or on none.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] on every rank if the way that is asked for cannot be, more than 8 ranks of a process are on
-    /// one device, or the world's group areas are used up;
+    /// [`Error::InvalidArgument`] on every rank if the way that is asked for cannot be, or a device cannot do what it takes,
+    /// more than 8 ranks of a process are on one device, its communicators leave no room ([`Way`], "Several communicators"), or
+    /// the world's group areas are used up;
     /// [`Error::NoSpace`] and what a driver says on a rank, and [`Error::RankFailed`] on the others; the world's fault.
     pub fn new(world: &World, kernels: &Kernels, options: Options) -> Result<Communicator> {
-        let (group, region) = claim_area(world)?;
+        let (group, region) = membership::claim(world)?;
         let device = kernels.device();
         let timeout = options.timeout.unwrap_or(world.options().timeout);
         let meeting = Meeting {
@@ -113,12 +113,7 @@ impl Communicator {
             made.connection = connection.take();
             leaver.leaves = false; // from now on the communicator does, also where another rank has none
         }
-        let made = together(world, made, world.options().timeout);
-        if let Some(unused) = connection {
-            // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
-            unused.close(world, unsafe { Page::of(region, 0) });
-        }
-        let made = made?;
+        let made = together(world, made, world.options().timeout)?;
         made.tell();
         Ok(made)
     }
@@ -137,8 +132,6 @@ impl Communicator {
         // SAFETY: the region is that of the group just claimed; communicator and monitor, who look at it, hold the world.
         let records = unsafe { Records::new(device, channels, world.rank(), region, timeout) }?;
         let records = Arc::new(records);
-        let outpost: Arc<dyn Outpost> = records.clone();
-        world.watch(&outpost);
         Ok(Communicator {
             tables: Tables::new(device, world)?,
             state: Buffer::zeroed(device, DType::U8, size_of::<RankState>())?,
@@ -148,13 +141,13 @@ impl Communicator {
             region,
             device: device.clone(),
             kernels: kernels.clone(),
-            options,
             timeout,
             connection: None,
+            watch: Some(world.watch(records.clone())),
             records,
-            sequence: 0,
+            calls: Calls::new(world.world_size(), (options.algorithm, options.partials)),
             last: None,
-            unfinished: VecDeque::with_capacity(UNFINISHED),
+            history: History::new(world, group, timeout),
         })
     }
 
@@ -287,7 +280,7 @@ impl Communicator {
     /// As [`check`](Communicator::check); [`Error::Stream`] after `timeout`; what the device failed with.
     pub fn synchronize(&mut self, timeout: Duration) -> Result<()> {
         let done = self.last.as_ref().map_or(Ok(()), |last| last.synchronize(timeout));
-        self.note_finished();
+        self.history.note_finished(self.records.finished());
         self.check()?;
         done
     }
@@ -295,19 +288,7 @@ impl Communicator {
     // ---- issuing -----------------------------------------------------------------------------------------------------
 
     fn call(&self, kind: Kind, dtype: DType, len_elems: usize, op: ReduceOp, root: u32) -> Result<Descriptor> {
-        if let Err(cause) = self.check() {
-            return Err(Error::Poisoned { cause: Box::new(cause) });
-        }
-        if root >= self.world_size() {
-            return Err(Error::InvalidArgument {
-                argument: "root",
-                value: root.to_string(),
-                accepted: "must be a rank of the group",
-            });
-        }
-        op.check(dtype)?;
-        let how = (self.options.algorithm, self.options.partials);
-        Ok(Descriptor::new(self.sequence + 1, kind, dtype, len_elems, op, root, how))
+        self.calls.next(self.check().err(), kind, dtype, len_elems, op, root)
     }
 
     fn issue(&mut self, call: Descriptor, views: [&View; 2], stream: &Stream) -> Result<()> {
@@ -354,14 +335,15 @@ impl Communicator {
         let Some(connection) = &self.connection else { return Ok(()) };
         let plan = connection.geometry.plan(&call, self.world_size())?;
         let arguments = self.arguments(&call, &plan, connection, addresses);
-        self.line_up(stream).map_err(|error| self.stopped(error))?;
-        self.sequence += 1;
+        self.line_up(stream).map_err(|error| self.world.fail(error))?;
+        self.calls.note_issued(1);
         self.records.note_issued(1);
         // SAFETY: the region is the group's, and `world` is alive.
         unsafe { Page::of(self.region, self.rank()) }.remember(&call);
-        self.note_started(&call);
+        self.history.note_finished(self.records.finished());
+        self.history.note_started(&call);
         // SAFETY: arguments of this rank for `plan`, made just now.
-        unsafe { self.enqueue(call, &plan, arguments, stream) }.map_err(|error| self.stopped(error))
+        unsafe { self.enqueue(call, &plan, arguments, stream) }.map_err(|error| self.world.fail(error))
     }
 
     /// Gives the device what was lined up.
@@ -458,19 +440,12 @@ impl Communicator {
         Ok(())
     }
 
-    /// A device that does not take an operation ends the job: the peers would wait for it.
-    #[cold]
-    fn stopped(&self, error: Error) -> Error {
-        self.world.raise(error.clone());
-        error
-    }
-
     /// An operation that runs, and that nothing on the device puts before what is enqueued on this rank's stream from now on:
     /// the job has failed, and the host waits for the end.
     #[cold]
     fn unordered(&mut self, Failure { error, runs_on }: Failure) -> Error {
         if let Some(grid) = runs_on {
-            let error = self.stopped(error);
+            let error = self.world.fail(error);
             self.abort(&grid);
             self.last = Some(grid); // whoever frees what it uses waits again
             return error;
@@ -496,56 +471,20 @@ impl Communicator {
 
     /// Operations issued so far.
     pub(crate) fn sequence(&self) -> u64 {
-        self.sequence
+        self.calls.issued()
     }
 
     /// The last `operations` were captured in a graph and have not run.
     pub(crate) fn note_captured(&mut self, operations: u64) {
-        self.sequence -= operations.min(self.sequence);
+        self.calls.take_back(operations);
         self.records.note_issued((operations as u32).wrapping_neg());
-        for _ in 0..operations {
-            if let Some((_, id)) = self.unfinished.pop_back() {
-                self.world.record_end(id, telemetry::now_ns());
-            }
-        }
+        self.history.take_back(operations);
     }
 
     /// A graph with so many was launched.
     pub(crate) fn note_replayed(&mut self, operations: u64) {
-        self.sequence += operations;
+        self.calls.note_issued(operations);
         self.records.note_issued(operations as u32);
-    }
-
-    // ---- the flight recorder -----------------------------------------------------------------------------------------
-
-    fn note_started(&mut self, call: &Descriptor) {
-        self.note_finished();
-        if self.unfinished.len() == UNFINISHED {
-            self.unfinished.pop_front(); // the recorder has forgotten it, too
-        }
-        let (input_elems, output_elems) = call.sizes_elems(self.world_size());
-        let record = Record {
-            op: call.kind().name(),
-            group: self.group,
-            sequence: call.sequence,
-            dtype: Some(call.dtype()),
-            input_elems,
-            output_elems,
-            timeout: self.timeout,
-        };
-        let id = self.world.record_start(&record, telemetry::now_ns());
-        self.unfinished.push_back((call.sequence as u32, id));
-    }
-
-    /// The host learns that an operation has ended when it comes by here.
-    fn note_finished(&mut self) {
-        let (finished, mut now_ns) = (self.records.finished(), None);
-        while let Some((sequence, id)) = self.unfinished.front().copied()
-            && reached(finished, sequence)
-        {
-            self.world.record_end(id, *now_ns.get_or_insert_with(telemetry::now_ns));
-            self.unfinished.pop_front();
-        }
     }
 }
 
@@ -567,7 +506,7 @@ impl std::fmt::Debug for Communicator {
             .field("rank", &self.rank())
             .field("world_size", &self.world_size())
             .field("device", &self.device.ordinal())
-            .field("sequence", &self.sequence)
+            .field("sequence", &self.calls.issued())
             .finish_non_exhaustive()
     }
 }
@@ -596,33 +535,33 @@ impl Communicator {
     /// Keeps for ever what kernels may still use. To free it would be to wait for them.
     fn abandon(&mut self) {
         let on_device = [self.state.view(), self.tables.view()];
-        std::mem::forget((self.connection.take(), on_device, Arc::clone(&self.records), self.kernels.clone()));
+        let of_host = (self.watch.take(), Arc::clone(&self.records));
+        std::mem::forget((self.connection.take(), on_device, of_host, self.kernels.clone()));
     }
 }
 
 impl Drop for Communicator {
     /// Waits, no longer than an operation may take, for the kernels in flight; then unmaps what belongs to others, and frees
-    /// the own staging when nobody has it mapped any more.
+    /// the own staging when nobody has it mapped any more. Not in a capture: its stream cannot be asked for the end of what was
+    /// enqueued before, and to free anything would end it.
     fn drop(&mut self) {
         let (world, group, region) = (self.world.clone(), self.group, self.region);
         let mut leaver = Leaver { world, group, region, leaves: true };
         if let Some(last) = self.last.take() {
             let start = Instant::now();
             let patience = self.timeout.saturating_add(GRACE);
+            let captures = matches!(last.check_eager("leaving a communicator"), Err(Error::Capture { .. }));
             let mut has_ended = false;
-            while !has_ended && self.world.fault().is_none() && start.elapsed() < patience {
+            while !captures && !has_ended && self.world.fault().is_none() && start.elapsed() < patience {
                 has_ended = ends(&last, Duration::from_millis(10));
             }
-            if !has_ended && !self.abort(&last) {
+            if captures || !has_ended && !self.abort(&last) {
                 tracing::warn!(rank = self.rank(), stream = last.name(), "a communicator's memory is kept for ever");
                 self.abandon();
                 leaver.leaves = false;
                 return;
             }
         }
-        if let Some(connection) = self.connection.take() {
-            // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
-            connection.close(&self.world, unsafe { Page::of(self.region, 0) });
-        }
+        drop((self.watch.take(), self.connection.take())); // before the leaver goes
     }
 }

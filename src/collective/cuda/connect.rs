@@ -23,6 +23,7 @@ use super::cohort::Cohort;
 use super::geometry::{Geometry, PAGE_BYTES};
 use super::offers::OnOffer;
 use super::page::Page;
+use super::residency::Blocks;
 use super::share::Offer;
 use super::stepped::Stepper;
 use super::way::{Hello, Layout, Way};
@@ -74,6 +75,19 @@ pub(super) struct Connection {
     pub(super) signals: Option<Buffer>,
     /// Counters, which only the own kernels touch.
     _progress: Buffer,
+    _shared: Option<Shared>,
+    /// What its kernels take of the device.
+    _blocks: Option<Blocks>,
+}
+
+/// Memory that ranks write for each other, as far as there is any. All ranks drop theirs at about the same time, and before they
+/// depart from the group's area.
+///
+/// What belongs to others is unmapped first; the own staging is freed once the others have unmapped it: a handle must be closed
+/// before, and in one process the last owner frees, which waits for all kernels of the device that it is on.
+struct Shared {
+    world: World,
+    region: Region,
     /// Memory of others.
     peers: Vec<Option<PeerArena>>,
     host: Option<HostRange>,
@@ -81,19 +95,19 @@ pub(super) struct Connection {
     staging: Option<Arena>,
 }
 
-impl Connection {
-    /// Unmaps what belongs to others, then frees the own staging, once the others have unmapped it: a handle must be closed
-    /// before, and in one process the last owner frees, which waits for all kernels of the device that it is on; `first` is
-    /// the page of rank 0, where ranks that have closed count themselves.
-    pub(super) fn close(self, world: &World, first: &Page) {
-        let Connection { peers, host, staging, .. } = self;
-        drop((peers, host));
-        let Some(staging) = staging else { return };
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.peers.clear();
+        self.host = None;
+        // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
+        let first = unsafe { Page::of(self.region, 0) };
+        // AcqRel: by then the memory is unmapped.
         first.closed.fetch_add(1, Ordering::AcqRel);
+        let Some(staging) = self.staging.take() else { return };
         let start = Instant::now();
-        while first.closed.load(Ordering::Acquire) < world.world_size() {
-            if world.fault().is_some() || start.elapsed() > CLOSING_PATIENCE {
-                tracing::warn!(rank = world.rank(), "staging that a peer may still have mapped is kept for ever");
+        while first.closed.load(Ordering::Acquire) < self.world.world_size() {
+            if self.world.fault().is_some() || start.elapsed() > CLOSING_PATIENCE {
+                tracing::warn!(rank = self.world.rank(), "staging that a peer may still have mapped is kept for ever");
                 return std::mem::forget(staging);
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -136,12 +150,6 @@ pub(super) struct Meeting<'a> {
     pub(super) timeout: Duration,
 }
 
-/// Own staging on the device, and what it is probed with.
-pub(super) struct Staging {
-    pub(super) arena: Arena,
-    pub(super) areas: Vec<ProbeArea>,
-}
-
 impl Meeting<'_> {
     fn ranks(&self) -> std::ops::Range<u32> {
         0..self.world.world_size()
@@ -149,23 +157,30 @@ impl Meeting<'_> {
 
     pub(super) fn connect(&self) -> Result<Connection> {
         let layout = self.tell()?;
+        // Before a rank can be in the next constructor: phases come that take all of them.
+        let channels = layout.geometry.channels;
+        let blocks = layout.kernels_wait().then(|| Blocks::set_aside(self.device.uuid(), channels));
+        let (world, region) = (self.world.clone(), self.region);
+        let mut shared = Shared { world, region, peers: Vec::new(), host: None, staging: None };
         if self.world.world_size() == 1 {
-            return self.link(&layout, Vec::new(), None, None, false);
+            return self.link(&layout, Vec::new(), &shared, false);
         }
         let sharing = self.sharing()?;
-        let staging = together(self.world, self.stage(layout.geometry, sharing), self.timeout)?;
-        let (offer, behind) = together(self.world, self.offer(&staging), self.timeout)?;
+        let (arena, areas) = together(self.world, self.stage(layout.geometry, sharing), self.timeout)?;
+        let arena = shared.staging.insert(arena);
+        let (offer, behind) = together(self.world, self.offer(arena, &areas), self.timeout)?;
         let offers = gather(self.world, &offer, self.timeout)?;
-        let opened = self.open(&offers, &behind)?;
-        let transports = self.probe(&layout, &offers, &opened, staging.areas)?;
+        shared.peers = self.open(&offers, &behind)?;
+        let transports = self.probe(&layout, &offers, &shared.peers, areas)?;
         drop(behind);
         let own = transports[self.world.rank() as usize].clone();
         let needs_host = |all: &Vec<Option<Transport>>| all.iter().flatten().any(|t| matches!(t, Transport::Host(_)));
         let slots_on_host = transports.iter().any(needs_host);
         let host = if slots_on_host || layout.way == Way::Stepped { Some(self.register()) } else { None };
-        let host = together(self.world, host.transpose(), self.timeout)?;
-        let connection = self.link(&layout, own, Some((staging.arena, opened)), host, slots_on_host);
+        shared.host = together(self.world, host.transpose(), self.timeout)?;
+        let connection = self.link(&layout, own, &shared, slots_on_host);
         let mut connection = together(self.world, connection, self.timeout)?;
+        (connection._shared, connection._blocks) = (Some(shared), blocks);
         if layout.way == Way::Cooperative {
             connection.runner = self.cohort(&layout)?.map_or(Runner::Alone, Runner::Together);
         }
@@ -174,11 +189,13 @@ impl Meeting<'_> {
 
     /// Agrees on channels and on the way of running.
     fn tell(&self) -> Result<Layout> {
-        let able = self.device.len_multiprocessors().and_then(|len| Ok((len, self.resident_blocks()?)));
-        let (multiprocessors, resident_blocks) = together(self.world, able, self.timeout)?;
+        let able = self.device.len_multiprocessors();
+        let able = able.and_then(|len| Ok((len, self.resident_blocks()?, self.device.orders_by_memory()?)));
+        let (multiprocessors, resident_blocks, orders_by_memory) = together(self.world, able, self.timeout)?;
         let wanted = Geometry::on_device(multiprocessors, self.channels);
         let uuid = self.device.uuid().0;
-        let hello = Hello { uuid, channels: wanted.channels, resident_blocks, way: self.way };
+        let (channels, taken_blocks) = (wanted.channels, Blocks::taken(self.device.uuid()));
+        let hello = Hello { uuid, channels, resident_blocks, taken_blocks, orders_by_memory, way: self.way };
         let hellos = gather(self.world, &hello, self.timeout)?;
         Layout::new(&hellos, self.is_one_process(), wanted)
     }
@@ -206,8 +223,8 @@ impl Meeting<'_> {
         Ok((layout.on_device_of(rank).count() > 1).then_some(cohort))
     }
 
-    /// One block of staging for every rank (the own stays unused), then an area to probe with for every rank.
-    fn stage(&self, geometry: Geometry, sharing: Sharing) -> Result<Staging> {
+    /// Own staging: one block for every rank (the own stays unused), then an area to probe with for every rank.
+    fn stage(&self, geometry: Geometry, sharing: Sharing) -> Result<(Arena, Vec<ProbeArea>)> {
         let world_size = self.world.world_size() as usize;
         let staging_bytes = usize::try_from(geometry.peer_bytes()).ok().and_then(|one| one.checked_mul(world_size));
         let len_bytes = staging_bytes.and_then(|all| all.checked_add(world_size * ProbeArea::LEN_BYTES));
@@ -219,7 +236,7 @@ impl Meeting<'_> {
         let staging = arena.alloc(DType::U8, staging_bytes.unwrap_or(0))?;
         debug_assert_eq!(staging.arena_offset_bytes(), Some(0), "the first range of an arena");
         let areas = self.ranks().map(|_| ProbeArea::new(&arena)).collect::<Result<_>>()?;
-        Ok(Staging { arena, areas })
+        Ok((arena, areas))
     }
 
     /// The transport between any two ranks: `[rank][peer]`, the same on both sides.
@@ -280,8 +297,7 @@ impl Meeting<'_> {
         &self,
         layout: &Layout,
         transports: Vec<Option<Transport>>,
-        device: Option<(Arena, Vec<Option<PeerArena>>)>,
-        host: Option<HostRange>,
+        shared: &Shared,
         slots_on_host: bool,
     ) -> Result<Connection> {
         let (rank, world_size) = (self.world.rank(), self.world.world_size());
@@ -292,7 +308,7 @@ impl Meeting<'_> {
         let one_progress = u64::from(geometry.channels) * size_of::<Progress>() as u64;
         let progress_bytes = usize::try_from(2 * u64::from(world_size) * one_progress).unwrap_or(usize::MAX);
         let progress = Buffer::zeroed(self.device, DType::U8, progress_bytes)?;
-        let (staging, peers) = device.map_or((None, Vec::new()), |(staging, peers)| (Some(staging), peers));
+        let Shared { peers, host, staging, .. } = shared;
         // What `owner` has for `writer`, as this rank sees it.
         let block = |owner: u32, writer: u32, over_host: bool| -> Result<u64> {
             let offset = u64::from(writer) * peer_bytes;
@@ -320,7 +336,7 @@ impl Meeting<'_> {
             upload(self.device, bytemuck::cast_slice(&links))
         };
         let links = [table(Protocol::Bulk)?, table(Protocol::Words)?];
-        let (signals, runner) = match &host {
+        let (signals, runner) = match host {
             Some(host) if way == Way::Stepped => {
                 let page = |owner: u32| host.address() + (owner as usize * GROUP_AREA_BYTES) as u64;
                 let of_rank = Page::signal_offset_bytes(rank, Awaited::Greeting as u32) as u64;
@@ -330,8 +346,8 @@ impl Meeting<'_> {
             }
             _ => (None, Runner::Alone),
         };
-        let _progress = progress;
-        Ok(Connection { geometry, way, runner, transports, links, signals, _progress, peers, host, staging })
+        let (_progress, _shared, _blocks) = (progress, None, None);
+        Ok(Connection { geometry, way, runner, transports, links, signals, _progress, _shared, _blocks })
     }
 }
 

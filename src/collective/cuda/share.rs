@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::connect::{Meeting, Staging, together};
+use super::connect::{Meeting, together};
 use super::offers::OnOffer;
 use crate::device::cuda::{Arena, Exported, PeerAccess, PeerArena, ProbeArea, Sharing, Token};
 use crate::error::{Error, Result};
@@ -74,18 +74,18 @@ impl Meeting<'_> {
     }
 
     /// What this rank tells of its staging, and what must live until everybody has opened it.
-    pub(super) fn offer(&self, staging: &Staging) -> Result<(Offer, Behind)> {
+    pub(super) fn offer(&self, staging: &Arena, areas: &[ProbeArea]) -> Result<(Offer, Behind)> {
         let (token, behind) = if self.is_one_process() {
-            let here = OnOffer::new(&staging.arena);
+            let here = OnOffer::new(staging);
             (Offered::Here(here.number()), Behind::Here(here))
         } else {
-            match staging.arena.export()?.token {
+            match staging.export()?.token {
                 Token::Descriptor(descriptor) => (Offered::Descriptor, Behind::Descriptor(descriptor)),
                 Token::Handle(handle) => (Offered::Handle(handle.to_vec()), Behind::Nothing),
             }
         };
-        let probes = staging.areas.iter().map(ProbeArea::offset_bytes).collect();
-        Ok((Offer { len_bytes: staging.arena.len_bytes(), probes, token }, behind))
+        let probes = areas.iter().map(ProbeArea::offset_bytes).collect();
+        Ok((Offer { len_bytes: staging.len_bytes(), probes, token }, behind))
     }
 
     /// Every peer's staging, by rank; none for this rank's own, and for those that cannot be reached.

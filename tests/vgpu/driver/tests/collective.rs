@@ -287,6 +287,32 @@ fn dropping_ends_though_a_kernel_does_not() {
 }
 
 #[test]
+fn dropping_in_a_capture_frees_nothing_and_does_not_end_it() {
+    on_virtual_gpu("dropping_in_a_capture_frees_nothing_and_does_not_end_it", ONE, || {
+        launch::threads(1, |environment| {
+            let rank = Rank::join(environment);
+            let area = Pinned::zeroed(rank.kernels.device(), 6 * size_of::<u32>()).unwrap();
+            let mut communicator = rank.communicator(Options::default());
+            let free_bytes = || rank.kernels.device().memory_bytes().unwrap().0;
+            let before = free_bytes();
+            // An operation that the drop must neither wait for nor take the memory of.
+            linger(&rank.kernels, &rank.stream, area.address(), PATIENCE);
+            communicator.barrier(&rank.stream).unwrap();
+            let mut graph = rank.stream.capture(|| {
+                drop(communicator);
+                Ok(())
+            });
+            assert_eq!(free_bytes(), before);
+            release(&area);
+            rank.stream.synchronize(PATIENCE).unwrap();
+            graph.as_mut().unwrap().launch(&rank.stream).unwrap();
+            rank.stream.synchronize(PATIENCE).unwrap();
+        })
+        .unwrap();
+    });
+}
+
+#[test]
 fn dropping_does_not_wait_for_a_device_that_has_failed() {
     on_virtual_gpu("dropping_does_not_wait_for_a_device_that_has_failed", ONE, || {
         launch::threads(1, |environment| {
@@ -338,18 +364,22 @@ fn second_process() {
 
 /// Rank 0 of 2, with `variable`; rank 1 has `theirs` besides.
 fn between_processes(test: &str, variable: (&str, &str), theirs: (&str, &str), body: impl FnOnce(Rank, Peer)) {
+    beside(test, "second_process", &[variable], theirs, body);
+}
+
+/// Runs `body` as rank 0 of 2, with `variables`, and the test `role` as rank 1, with `theirs` besides.
+fn beside(test: &str, role: &str, variables: &[(&str, &str)], theirs: (&str, &str), body: impl FnOnce(Rank, Peer)) {
     let folder = tempfile::tempdir().unwrap();
-    let variables = [
+    let fixed = [
         TWO[0],
-        variable,
         ("RANK", "0"),
         ("WORLD_SIZE", "2"),
         ("MASTER_ADDR", "localhost"),
         ("MASTER_PORT", "29500"),
         ("TMPDIR", folder.path().to_str().unwrap()),
     ];
-    on_virtual_gpu(test, &variables, || {
-        let peer = Peer::start("second_process", &[("RANK", "1"), theirs]);
+    on_virtual_gpu(test, &[&fixed, variables].concat(), || {
+        let peer = Peer::start(role, &[("RANK", "1"), theirs]);
         body(join_by_variables(), peer);
     });
 }
@@ -405,6 +435,62 @@ fn p13_processes_whose_devices_share_no_descriptors_reach_each_other_by_handles(
 fn p13_one_device_that_shares_no_descriptors_decides_for_all() {
     let name = "p13_one_device_that_shares_no_descriptors_decides_for_all";
     between_processes(name, PEERS, NO_DESCRIPTORS, |rank, peer| sum_over_device_memory(rank, peer, BY_HANDLES));
+}
+
+/// On rank 1 the driver refuses the stream that the probe would run on, when both have mapped the memory of the other.
+fn failed_after_mapping(rank: &Rank) {
+    let free_bytes = || rank.kernels.device().memory_bytes().unwrap().0;
+    let before = free_bytes();
+    for _ in 0..8 {
+        if rank.number() == 1 {
+            std::fs::write(std::env::var("ANNULUS_VGPU_REFUSE").unwrap(), "cuStreamCreateWithPriority 1").unwrap();
+        }
+        let refused = Communicator::new(&rank.world, &rank.kernels, Options::default()).unwrap_err();
+        match rank.number() {
+            1 => assert!(matches!(refused, Error::Cuda { .. }), "{refused:?}"),
+            _ => assert!(matches!(refused, Error::RankFailed { rank: 1, .. }), "{refused:?}"),
+        }
+        assert_eq!(free_bytes(), before, "of rank {}", rank.number());
+        rank.world.barrier("of the test", PATIENCE).unwrap();
+    }
+}
+
+/// Rank 1 of 2.
+#[test]
+fn second_process_that_fails_after_mapping() {
+    as_peer("second_process_that_fails_after_mapping", || {
+        failed_after_mapping(&join_by_variables());
+        say("done");
+        listen();
+    });
+}
+
+/// What CUDA calls undefined: to free memory that another process has mapped.
+#[test]
+fn a_communicator_that_cannot_be_made_unmaps_before_anybody_frees() {
+    let folder = tempfile::tempdir().unwrap();
+    let [calls, refused] = ["calls", "refused"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
+    let variables = [NO_DESCRIPTORS, ("ANNULUS_VGPU_CALLS", &*calls)];
+    let theirs = ("ANNULUS_VGPU_REFUSE", &*refused);
+    let name = "a_communicator_that_cannot_be_made_unmaps_before_anybody_frees";
+    beside(name, "second_process_that_fails_after_mapping", &variables, theirs, |rank, mut peer| {
+        failed_after_mapping(&rank);
+        assert_eq!(peer.hear(), "done");
+        let calls = std::fs::read_to_string(std::env::var("ANNULUS_VGPU_CALLS").unwrap()).unwrap();
+        let (mut mapped, mut closed, mut freed) = (0, 0, 0);
+        for call in calls.lines() {
+            match call {
+                "cuIpcOpenMemHandle_v2" => mapped += 1,
+                "cuIpcCloseMemHandle" => (mapped, closed) = (mapped - 1, closed + 1),
+                "cuMemFree_v2" if mapped == 0 => freed += 1,
+                "cuMemFree_v2" => panic!("memory is freed while {mapped} are mapped"),
+                _ => {}
+            }
+        }
+        assert_eq!((mapped, closed, freed), (0, 16, 16));
+        peer.tell("leave");
+        peer.finish();
+    });
 }
 
 /// The driver says that stores to a peer arrive, and they do not.

@@ -16,8 +16,8 @@ mod trouble;
 
 use std::time::{Duration, Instant};
 
-use annulus::collective::cuda::{Options, Transport, Way};
-use annulus::device::cuda::{Priority, Stream};
+use annulus::collective::cuda::{Communicator, Options, Transport, Way};
+use annulus::device::cuda::{Driver, Priority, Stream};
 use annulus::schedule::{Algorithm, Collective};
 use annulus::strategy::{Accelerator, AdamW, Ddp, Nonfinite, Strategy, StrategyOptions};
 use annulus::world::{Environment, launch};
@@ -168,6 +168,25 @@ fn a_mismatch_is_told_on_every_rank_and_changes_nothing() {
             let quoted = ["all_reduce(100 x f32, sum", "all_reduce(200 x f32, sum"];
             a_mismatch_changes_nothing(Rank::join, &stepped(algorithm), fails_as_it_runs, quoted);
         }
+    });
+}
+
+/// On every rank alike, and the job goes on.
+#[test]
+fn steps_are_refused_where_streams_cannot_wait_for_memory() {
+    let variables = [TWO[0], ("ANNULUS_VGPU_MEMORY_OPERATIONS", "none")];
+    on_virtual_gpu("steps_are_refused_where_streams_cannot_wait_for_memory", &variables, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let refused = Communicator::new(&rank.world, &rank.kernels, stepped(Algorithm::Direct)).unwrap_err();
+            assert!(matches!(refused, Error::InvalidArgument { argument: "way", .. }), "{refused:?}");
+            let first = Driver::open().unwrap().device(0).unwrap().uuid().to_string();
+            let told = refused.to_string();
+            assert!(told.contains(&first) && told.contains("CAN_USE_64_BIT_STREAM_MEM_OPS is 0"), "{told}");
+            let mut communicator = rank.communicator(Options::default());
+            every_operation::<f32>(&rank, &mut communicator, Algorithm::Direct, 7);
+        })
+        .unwrap();
     });
 }
 
