@@ -237,7 +237,7 @@ struct Run {
       Signals* signals = mine.signals[peer];
       post(&signals->greeted, block.operation + 1);
       post(&signals->taken, all.taken);
-      post(&signals->sent, all.sent);
+      post(&signals->sent, all.sent + (MUTANT(EARLY_TELL) ? 1 : 0));
     }
   }
 

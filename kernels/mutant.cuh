@@ -1,4 +1,5 @@
-// Ways to be broken on purpose, for the tests of the tests (tests/vgpu/tests/mutants.rs lists them and what catches each).
+// Ways for the collective to be broken on purpose, for the tests of the tests (tests/vgpu/tests/collective/mutants.rs lists them
+// and what catches each).
 //
 // With -DMUTANTS every place that says MUTANT(NAME) goes wrong if the number below, which the tests replace in the PTX, is
 // that of NAME: one PTX text holds all mutants. Without it MUTANT(NAME) is false and leaves no trace in the kernel.
@@ -32,4 +33,5 @@ enum Mutant : uint32_t {
   ANY_DESCRIPTOR = 11,       // greetings are not compared
   EARLY_OUTPUT = 12,         // outputs are written before all have agreed
   NO_ABORT = 13,             // a wait that lasts does not look at the abort word
+  EARLY_TELL = 14,           // peers' streams are told of one transfer more than was made
 };

@@ -3,6 +3,7 @@
 mod faults;
 mod mutants;
 mod owner;
+mod steps;
 mod trial;
 mod world;
 

@@ -29,6 +29,7 @@
 //! | descriptors not compared | record | record |
 //! | output before agreement | result | result |
 //! | abort word not looked at | record | record |
+//! | data told before they are there | record | record |
 //! | one slot | record | record |
 
 use annulus::ReduceOp;
@@ -36,6 +37,7 @@ use annulus::abi::collective::{Protocol, Reason};
 use annulus::schedule::{Algorithm, Collective};
 use annulus_vgpu::{Fault, Module, Options};
 
+use super::steps::steps;
 use super::trial::{Failure, inputs, rough, trial};
 use super::world::{Epilogue, Operation, Shape, World};
 
@@ -94,7 +96,7 @@ const fn variant(name: &'static str, number: u32, by: By, alone: By) -> Mutant {
     Mutant { name, breakage: Breakage::Variant(number), caught_by: by, by_results_alone: alone }
 }
 
-const MUTANTS: [Mutant; 21] = [
+const MUTANTS: [Mutant; 22] = [
     text("relaxed post", "st.release.sys.", "st.relaxed.sys.", By::Race, By::Nothing),
     text("post of device scope", "st.release.sys.", "st.release.gpu.", By::Race, By::Nothing),
     text("relaxed wait", "ld.acquire.sys.", "ld.relaxed.sys.", By::Race, By::Nothing),
@@ -115,6 +117,7 @@ const MUTANTS: [Mutant; 21] = [
     variant("descriptors not compared", 11, By::Record, By::Record),
     variant("output before agreement", 12, By::Result, By::Result),
     variant("abort word not looked at", 13, By::Record, By::Record),
+    variant("data told before they are there", 14, By::Record, By::Record),
     Mutant { name: "one slot", breakage: Breakage::Slots(1), caught_by: By::Record, by_results_alone: By::Record },
 ];
 
@@ -143,7 +146,7 @@ fn first_catch(module: &Module, slots: u32, detect_races: bool) -> (By, String) 
         for protocol in [Protocol::Bulk, Protocol::Words] {
             for algorithm in [Algorithm::Ring, Algorithm::Direct] {
                 let shape = Shape { protocol, slots, slot_bytes: 1024, threads: 64, ..Shape::new(3) };
-                for check in [sums, squares, mismatch, absence, abort] {
+                for check in [sums, squares, mismatch, absence, abort, steps] {
                     if let Err(failure) = check(module, shape, algorithm, &options) {
                         let by = match &failure {
                             Failure::Machine(Fault::Hang { .. } | Fault::Deadlock { .. }) => By::Hang,

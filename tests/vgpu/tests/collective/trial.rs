@@ -57,7 +57,7 @@ pub fn rough<T: Element>(rank: usize, i: usize) -> T {
 }
 
 /// What every rank holds in the end, as the whole vector; of a reduce-scatter only the own shard counts.
-fn expected<T: Element>(operation: &Operation, world_size: u32, inputs: &[Vec<T>]) -> Vec<T> {
+pub fn expected<T: Element>(operation: &Operation, world_size: u32, inputs: &[Vec<T>]) -> Vec<T> {
     let schedule = operation.schedule(world_size);
     match operation.collective {
         Collective::AllReduce | Collective::ReduceScatter => match operation.algorithm {

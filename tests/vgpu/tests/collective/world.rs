@@ -246,7 +246,7 @@ impl World {
         let kernel = module.kernel(collective_entry(T::DTYPE))?;
         let launches = arguments.iter().enumerate().map(|(device, arguments)| Launch {
             device,
-            ..Launch::new(kernel, self.shape.channels, self.shape.threads, words(arguments))
+            ..Launch::new(kernel, arguments.channels, self.shape.threads, words(arguments))
         });
         run(&launches.collect::<Vec<_>>(), &mut self.memory, options).map(|_| ())
     }
