@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::bindings::{
     cuMemAlloc, cuMemFree, cuMemFreeHost, cuMemHostAlloc, cuMemcpyDtoDAsync, cuMemcpyDtoH, cuMemcpyHtoD,
-    cuMemcpyHtoDAsync, cuMemsetD8Async, cuStreamSynchronize,
+    cuMemcpyHtoDAsync, cuMemsetD8Async,
 };
 use super::context::Device;
 use super::stream::Stream;
@@ -111,9 +111,7 @@ impl Buffer {
         let buffer = Buffer::zeroed(device, T::DTYPE, elements.len())?;
         // SAFETY: as many elements as the buffer has.
         device.check(unsafe { cuMemcpyHtoD(buffer.address(), elements.as_ptr().cast(), size_of_val(elements)) })?;
-        // The last of it may still be under way, in the default stream, which no stream of ours waits for.
-        // SAFETY: the context's own default stream.
-        device.check(unsafe { cuStreamSynchronize(std::ptr::null_mut()) })?;
+        device.settle()?;
         Ok(buffer)
     }
 
@@ -445,10 +443,11 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.device.bind().is_ok() {
+        let place = self.memory.as_ptr().expose_provenance();
+        self.device.free("pinned memory", move || {
             // SAFETY: from `cuMemHostAlloc`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemFreeHost(self.memory.as_ptr().cast()) };
-        }
+            let _ = unsafe { cuMemFreeHost(std::ptr::with_exposed_provenance_mut(place)) };
+        });
     }
 }
 

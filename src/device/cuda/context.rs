@@ -3,14 +3,16 @@
 use std::ffi::{CStr, c_int};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUresult};
 
 use super::bindings::{
     Answer, cuCtxSetCurrent, cuDeviceGet, cuDeviceGetAttribute, cuDeviceGetName, cuDeviceGetUuid,
-    cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRetain, cuMemGetInfo, cuMemsetD8, cuStreamSynchronize,
+    cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRetain, cuMemGetInfo, cuMemsetD8, cuStreamQuery,
 };
 use super::fault::check;
+use super::wait::until_ready;
 use crate::error::{Error, Result};
 
 /// What names a device on every process of the machine; ordinals differ where `CUDA_VISIBLE_DEVICES` does.
@@ -184,9 +186,16 @@ impl Device {
         self.bind()?;
         // SAFETY: the caller's promise.
         self.check(unsafe { cuMemsetD8(address, 0, len_bytes) })?;
-        // The fill may still run, and no stream of ours waits for the default stream.
-        // SAFETY: the context's own default stream.
-        self.check(unsafe { cuStreamSynchronize(std::ptr::null_mut()) })
+        self.settle()
+    }
+
+    /// Waits for what was just given to the default stream, which no stream of ours waits for.
+    ///
+    /// # Errors
+    /// [`Error::Stream`] if that takes more than a minute, as behind a kernel of somebody else that hangs.
+    pub(super) fn settle(&self) -> Result<()> {
+        // SAFETY: the current context's own default stream.
+        until_ready(self, "default", Duration::from_secs(60), || unsafe { cuStreamQuery(std::ptr::null_mut()) })
     }
 
     pub(super) fn check(&self, answer: Answer) -> Result<()> {

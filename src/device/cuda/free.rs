@@ -1,5 +1,5 @@
-//! Giving back memory of a device, for which the driver waits until whatever runs there has ended: with a deadline, which the
-//! driver's own waits lack.
+//! Giving back what kernels use, for which the driver waits until whatever runs on the device has ended: with a deadline,
+//! which the driver's own waits lack.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::Builder;

@@ -176,13 +176,13 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        if self.device.bind().is_err() {
-            return;
-        }
-        for module in &self.modules {
-            // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight are waited for.
-            let _ = unsafe { cuModuleUnload(*module) };
-        }
+        let modules: Vec<usize> = self.modules.iter().map(|module| module.expose_provenance()).collect();
+        self.device.free("code", move || {
+            for module in modules {
+                // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight are waited for.
+                let _ = unsafe { cuModuleUnload(std::ptr::with_exposed_provenance_mut(module)) };
+            }
+        });
     }
 }
 

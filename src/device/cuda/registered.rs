@@ -17,7 +17,8 @@ pub struct HostRange {
     memory: NonNull<u8>,
     address: u64,
     len_bytes: usize,
-    _owner: Box<dyn Any + Send + Sync>,
+    /// Some until it is dropped.
+    owner: Option<Box<dyn Any + Send + Sync>>,
 }
 
 // SAFETY: an address; what is done with the memory behind it is argued where it is done.
@@ -44,7 +45,7 @@ impl HostRange {
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: the caller's promise; unregistered once, on drop.
         device.check(unsafe { cuMemHostRegister(place, len_bytes, flags) })?;
-        let mut range = HostRange { device: device.clone(), memory, address: 0, len_bytes, _owner: owner };
+        let mut range = HostRange { device: device.clone(), memory, address: 0, len_bytes, owner: Some(owner) };
         // SAFETY: writes one address; the memory was registered just now.
         let asked = unsafe { cuMemHostGetDevicePointer(&mut range.address, place, 0) };
         range.device.check(asked)?;
@@ -64,10 +65,12 @@ impl HostRange {
 
 impl Drop for HostRange {
     fn drop(&mut self) {
-        if self.device.bind().is_ok() {
+        let (place, owner) = (self.memory.as_ptr().expose_provenance(), self.owner.take());
+        self.device.free("pinned memory of the host's", move || {
             // SAFETY: registered by `register`, unregistered once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemHostUnregister(self.memory.as_ptr().cast()) };
-        }
+            let _ = unsafe { cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(place)) };
+            drop(owner);
+        });
     }
 }
 

@@ -39,7 +39,7 @@ fn memory_under_a_kernel_that_hangs_is_left_to_it_after_a_while() {
         let arena = |sharing| Arena::new(&device, 2 * MIB, sharing).unwrap();
         let (descriptor, handle) = (arena(Sharing::Descriptor), arena(Sharing::Handle));
         let buffer = Buffer::zeroed(&device, DType::U8, 2 * MIB).unwrap();
-        let area = Pinned::zeroed(&device, 24).unwrap();
+        let (area, pinned) = (Pinned::zeroed(&device, 24).unwrap(), Pinned::zeroed(&device, 1).unwrap());
         linger(&kernels, &stream, area.address(), PATIENCE);
 
         let start = Instant::now();
@@ -47,6 +47,7 @@ fn memory_under_a_kernel_that_hangs_is_left_to_it_after_a_while() {
             scope.spawn(|| drop(descriptor));
             scope.spawn(|| drop(handle));
             scope.spawn(|| drop(buffer));
+            scope.spawn(|| drop(pinned));
         });
         let waited = start.elapsed();
         assert!(waited > Duration::from_secs(9) && waited < PATIENCE / 2, "{waited:?}");
