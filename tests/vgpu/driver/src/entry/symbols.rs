@@ -95,15 +95,15 @@ extern "C" fn cuDeviceGetAttribute(value: Out<c_int>, attribute: u32, number: c_
     answer(|| {
         device::device(number)?;
         value.give(match attribute {
-            1 => THREADS_PER_BLOCK as c_int,                // MAX_THREADS_PER_BLOCK
-            2 | 3 => 1024,                                  // MAX_BLOCK_DIM_X, _Y
-            4 => 64,                                        // MAX_BLOCK_DIM_Z
-            5 => c_int::MAX,                                // MAX_GRID_DIM_X
-            6 | 7 => 65_535,                                // MAX_GRID_DIM_Y, _Z
-            8 => SHARED_BYTES_PER_BLOCK as c_int,           // MAX_SHARED_MEMORY_PER_BLOCK
-            10 => 32,                                       // WARP_SIZE
-            12 | 82 => 65_536,                              // MAX_REGISTERS_PER_BLOCK, _PER_MULTIPROCESSOR
-            16 => MULTIPROCESSORS as c_int,                 // MULTIPROCESSOR_COUNT
+            1 => THREADS_PER_BLOCK as c_int,           // MAX_THREADS_PER_BLOCK
+            2 | 3 => 1024,                             // MAX_BLOCK_DIM_X, _Y
+            4 => 64,                                   // MAX_BLOCK_DIM_Z
+            5 => c_int::MAX,                           // MAX_GRID_DIM_X
+            6 | 7 => 65_535,                           // MAX_GRID_DIM_Y, _Z
+            8 => SHARED_BYTES_PER_BLOCK as c_int,      // MAX_SHARED_MEMORY_PER_BLOCK
+            10 => 32,                                  // WARP_SIZE
+            12 | 82 => 65_536,                         // MAX_REGISTERS_PER_BLOCK, _PER_MULTIPROCESSOR
+            16 => MULTIPROCESSORS as c_int,            // MULTIPROCESSOR_COUNT
             19 | 31 | 40 | 41 => 1, // host mapping, concurrent kernels, a copy engine, one address space
             33 => number,           // PCI_BUS_ID
             39 => THREADS_PER_MULTIPROCESSOR as c_int, // MAX_THREADS_PER_MULTIPROCESSOR
@@ -114,7 +114,7 @@ extern "C" fn cuDeviceGetAttribute(value: Out<c_int>, attribute: u32, number: c_
             122 | 123 => SETTINGS.orders_by_memory.into(),
             97 => SHARED_BYTES_PER_BLOCK_OPTIN as c_int, // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             81 => SHARED_BYTES_PER_MULTIPROCESSOR as c_int, // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
-            106 => BLOCKS_PER_MULTIPROCESSOR as c_int, // MAX_BLOCKS_PER_MULTIPROCESSOR
+            106 => BLOCKS_PER_MULTIPROCESSOR as c_int,   // MAX_BLOCKS_PER_MULTIPROCESSOR
             _ => 0,
         })
     })
