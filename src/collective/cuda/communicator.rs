@@ -1,5 +1,6 @@
 //! The communicator of devices: validates, gives an order, launches.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,6 @@ use super::cohort::{Failure, Part};
 use super::connect::{Connection, Meeting, Runner, Transport, together};
 use super::geometry::{Plan, SLOTS};
 use super::history::History;
-use super::leaver::Leaver;
 use super::page::Page;
 use super::records::Records;
 use super::stepped::{Site, Work};
@@ -57,19 +57,20 @@ pub struct Options {
 /// communicator's operations before it, also those on other streams. What went wrong in it is told by
 /// [`check`](Communicator::check) and [`synchronize`](Communicator::synchronize), and by every later call.
 ///
-/// An operation can be captured in a graph where every rank has a device of its own ([`Way::Persistent`]), and not else.
+/// An operation can be captured in a graph where every rank has a device of its own ([`Way::Persistent`]), and not else. The
+/// graph keeps the memory of the communicator, also that of peers: it is given back with the last of both.
 /// By [`Way::Cooperative`] a call first waits until the other ranks on the device have called, no longer than the timeout:
 /// ranks that share a device must issue the operations of all their communicators in the same order; the others should, see
-/// [`Way`]. By [`Way::Stepped`] a
-/// call may wait for room in the stream, as one that launches many kernels.
+/// [`Way`]. By [`Way::Stepped`] a call may wait for room in the stream, as one that launches many kernels.
 pub struct Communicator {
     world: World,
-    group: u32,
     region: Region,
     device: Device,
     kernels: Kernels,
     timeout: Duration,
     connection: Option<Connection>,
+    /// All memory that its kernels use.
+    held: Option<Arc<dyn Any + Send + Sync>>,
     tables: Tables,
     state: Buffer,
     records: Arc<Records>,
@@ -95,8 +96,10 @@ impl Communicator {
         let (group, region) = membership::claim(world)?;
         let device = kernels.device();
         let timeout = options.timeout.unwrap_or(world.options().timeout);
+        // What it gives takes the area along, also where it fails.
         let meeting = Meeting {
             world,
+            group,
             region,
             device,
             kernels,
@@ -104,14 +107,14 @@ impl Communicator {
             way: options.way,
             timeout: world.options().timeout,
         };
-        // From here on a failure gives the area back as a communicator does.
-        let mut leaver = Leaver { world: world.clone(), group, region, leaves: true };
         let mut connection = Some(meeting.connect()?);
         let channels = connection.as_ref().map_or(1, |connection| connection.geometry.channels);
         let mut made = Self::over(world, kernels, options, timeout, group, region, channels);
         if let Ok(made) = &mut made {
+            let memory = connection.as_ref().map(Connection::hold);
+            let on_device = [made.state.view(), made.tables.view()];
+            made.held = Some(Arc::new((memory, on_device, Arc::clone(&made.records))));
             made.connection = connection.take();
-            leaver.leaves = false; // from now on the communicator does, also where another rank has none
         }
         let made = together(world, made, world.options().timeout)?;
         made.tell();
@@ -137,12 +140,12 @@ impl Communicator {
             state: Buffer::zeroed(device, DType::U8, size_of::<RankState>())?,
             order: Event::new(device)?,
             world: world.clone(),
-            group,
             region,
             device: device.clone(),
             kernels: kernels.clone(),
             timeout,
             connection: None,
+            held: None,
             watch: Some(world.watch(records.clone())),
             records,
             calls: Calls::new(world.world_size(), (options.algorithm, options.partials)),
@@ -302,8 +305,8 @@ impl Communicator {
             }
         }
         self.check_stream(stream)?;
-        // A graph may outlive the views. It is of no use without the communicator, whose records the kernels write, too.
-        stream.keep(&(views.map(View::clone), Arc::clone(&self.records)));
+        // A graph may outlive the views.
+        stream.keep(&views.map(View::clone));
         let [src, dst] = views.map(View::address);
         // Where element 0 of the whole vector would be. It is only ever added to.
         let (given, taken) = call.sizes_elems(self.world_size());
@@ -335,6 +338,8 @@ impl Communicator {
         let Some(connection) = &self.connection else { return Ok(()) };
         let plan = connection.geometry.plan(&call, self.world_size())?;
         let arguments = self.arguments(&call, &plan, connection, addresses);
+        // A graph may outlive the communicator, too: without peers its kernels wait until their deadline, in memory that is there.
+        self.held.iter().for_each(|held| stream.keep(held));
         self.line_up(stream).map_err(|error| self.world.fail(error))?;
         self.calls.note_issued(1);
         self.records.note_issued(1);
@@ -534,9 +539,7 @@ impl Communicator {
 
     /// Keeps for ever what kernels may still use. To free it would be to wait for them.
     fn abandon(&mut self) {
-        let on_device = [self.state.view(), self.tables.view()];
-        let of_host = (self.watch.take(), Arc::clone(&self.records));
-        std::mem::forget((self.connection.take(), on_device, of_host, self.kernels.clone()));
+        std::mem::forget((self.held.take(), self.watch.take(), self.kernels.clone()));
     }
 }
 
@@ -545,8 +548,6 @@ impl Drop for Communicator {
     /// the own staging when nobody has it mapped any more. Not in a capture: its stream cannot be asked for the end of what was
     /// enqueued before, and to free anything would end it.
     fn drop(&mut self) {
-        let (world, group, region) = (self.world.clone(), self.group, self.region);
-        let mut leaver = Leaver { world, group, region, leaves: true };
         if let Some(last) = self.last.take() {
             let start = Instant::now();
             let patience = self.timeout.saturating_add(GRACE);
@@ -557,11 +558,9 @@ impl Drop for Communicator {
             }
             if captures || !has_ended && !self.abort(&last) {
                 tracing::warn!(rank = self.rank(), stream = last.name(), "a communicator's memory is kept for ever");
-                self.abandon();
-                leaver.leaves = false;
-                return;
+                return self.abandon();
             }
         }
-        drop((self.watch.take(), self.connection.take())); // before the leaver goes
+        drop(self.watch.take()); // before the area, at which it looks
     }
 }

@@ -12,7 +12,9 @@
 //! Every phase ends with all ranks knowing whether all of them got through it, so a communicator is made on every rank or on
 //! none.
 
-use std::sync::atomic::Ordering;
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytemuck::Zeroable;
@@ -30,8 +32,9 @@ use super::way::{Hello, Layout, Way};
 use crate::abi::collective::{
     Awaited, Link as Addresses, MAX_COLLECTIVE_THREADS, Progress, Protocol, collective_entry,
 };
+use crate::collective::membership::leave;
 use crate::device::cuda::{
-    Arena, Buffer, Device, HostRange, Kernels, Link, PeerArena, Priority, ProbeArea, Sharing, Stream,
+    Arena, Buffer, Device, HostRange, Kernels, Link, PeerArena, Priority, ProbeArea, Sharing, Stream, View,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -74,25 +77,48 @@ pub(super) struct Connection {
     /// By steps, `[world_size]` addresses of what this rank tells its peers.
     pub(super) signals: Option<Buffer>,
     /// Counters, which only the own kernels touch.
-    _progress: Buffer,
-    _shared: Option<Shared>,
-    /// What its kernels take of the device.
-    _blocks: Option<Blocks>,
+    progress: Buffer,
+    shared: Option<Arc<Shared>>,
 }
 
-/// Memory that ranks write for each other, as far as there is any. All ranks drop theirs at about the same time, and before they
-/// depart from the group's area.
+impl Connection {
+    /// All memory that its kernels use, as long as the result lives.
+    pub(super) fn hold(&self) -> impl Any + Send + Sync + use<> {
+        let buffers = self.links.iter().chain(&self.signals).chain([&self.progress]);
+        (buffers.map(Buffer::view).collect::<Vec<View>>(), self.shared.clone())
+    }
+}
+
+/// What a rank has of a group: its part in the area, and memory that ranks write for each other, as far as there is any. All
+/// ranks drop theirs at about the same time.
 ///
 /// What belongs to others is unmapped first; the own staging is freed once the others have unmapped it: a handle must be closed
-/// before, and in one process the last owner frees, which waits for all kernels of the device that it is on.
+/// before, and in one process the last owner frees, which waits for all kernels of the device that it is on. Then the rank
+/// departs from the area, which goes to another group when all have.
 struct Shared {
     world: World,
+    group: u32,
     region: Region,
+    /// What its kernels take of the device.
+    blocks: Option<Blocks>,
     /// Memory of others.
     peers: Vec<Option<PeerArena>>,
     host: Option<HostRange>,
     /// What others write.
     staging: Option<Arena>,
+}
+
+impl Shared {
+    fn free(&self, staging: Arena, closed: &AtomicU32) {
+        let start = Instant::now();
+        while closed.load(Ordering::Acquire) < self.world.world_size() {
+            if self.world.fault().is_some() || start.elapsed() > CLOSING_PATIENCE {
+                tracing::warn!(rank = self.world.rank(), "staging that a peer may still have mapped is kept for ever");
+                return std::mem::forget(staging);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl Drop for Shared {
@@ -103,15 +129,10 @@ impl Drop for Shared {
         let first = unsafe { Page::of(self.region, 0) };
         // AcqRel: by then the memory is unmapped.
         first.closed.fetch_add(1, Ordering::AcqRel);
-        let Some(staging) = self.staging.take() else { return };
-        let start = Instant::now();
-        while first.closed.load(Ordering::Acquire) < self.world.world_size() {
-            if self.world.fault().is_some() || start.elapsed() > CLOSING_PATIENCE {
-                tracing::warn!(rank = self.world.rank(), "staging that a peer may still have mapped is kept for ever");
-                return std::mem::forget(staging);
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        if let Some(staging) = self.staging.take() {
+            self.free(staging, &first.closed);
         }
+        leave(&self.world, self.group, &first.departed, self.world.world_size());
     }
 }
 
@@ -142,6 +163,7 @@ pub(super) fn together<T>(world: &World, result: Result<T>, timeout: Duration) -
 /// The place where a rank meets the others.
 pub(super) struct Meeting<'a> {
     pub(super) world: &'a World,
+    pub(super) group: u32,
     pub(super) region: Region,
     pub(super) device: &'a Device,
     pub(super) kernels: &'a Kernels,
@@ -155,15 +177,18 @@ impl Meeting<'_> {
         0..self.world.world_size()
     }
 
+    /// The group's area is left with the result, or if there is none.
     pub(super) fn connect(&self) -> Result<Connection> {
+        let (world, group, region) = (self.world.clone(), self.group, self.region);
+        let mut shared = Shared { world, group, region, blocks: None, peers: Vec::new(), host: None, staging: None };
         let layout = self.tell()?;
         // Before a rank can be in the next constructor: phases come that take all of them.
         let channels = layout.geometry.channels;
-        let blocks = layout.kernels_wait().then(|| Blocks::set_aside(self.device.uuid(), channels));
-        let (world, region) = (self.world.clone(), self.region);
-        let mut shared = Shared { world, region, peers: Vec::new(), host: None, staging: None };
+        shared.blocks = layout.kernels_wait().then(|| Blocks::set_aside(self.device.uuid(), channels));
         if self.world.world_size() == 1 {
-            return self.link(&layout, Vec::new(), &shared, false);
+            let mut connection = self.link(&layout, Vec::new(), &shared, false)?;
+            connection.shared = Some(Arc::new(shared));
+            return Ok(connection);
         }
         let sharing = self.sharing()?;
         let (arena, areas) = together(self.world, self.stage(layout.geometry, sharing), self.timeout)?;
@@ -180,7 +205,7 @@ impl Meeting<'_> {
         shared.host = together(self.world, host.transpose(), self.timeout)?;
         let connection = self.link(&layout, own, &shared, slots_on_host);
         let mut connection = together(self.world, connection, self.timeout)?;
-        (connection._shared, connection._blocks) = (Some(shared), blocks);
+        connection.shared = Some(Arc::new(shared));
         if layout.way == Way::Cooperative {
             connection.runner = self.cohort(&layout)?.map_or(Runner::Alone, Runner::Together);
         }
@@ -346,8 +371,7 @@ impl Meeting<'_> {
             }
             _ => (None, Runner::Alone),
         };
-        let (_progress, _shared, _blocks) = (progress, None, None);
-        Ok(Connection { geometry, way, runner, transports, links, signals, _progress, _shared, _blocks })
+        Ok(Connection { geometry, way, runner, transports, links, signals, progress, shared: None })
     }
 }
 

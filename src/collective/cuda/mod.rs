@@ -3,6 +3,7 @@
 //! ```text
 //!   Communicator::new     ranks tell their devices, map each other's staging, probe every pair with data    (connect.rs, share.rs)
 //!                         who shares a device with whom -> how kernels come to run together                 (way.rs)
+//!                         beside those of other communicators                                               (residency.rs)
 //!   all_reduce ..         descriptor -> schedule -> channels, protocol, pieces                              (geometry.rs)
 //!                         -> one launch, whose blocks greet, compare descriptors, and move                  (communicator.rs)
 //!                         or one for all ranks of a device (cohort.rs), or one for each step (stepped.rs)
@@ -17,7 +18,6 @@ mod communicator;
 mod connect;
 mod geometry;
 mod history;
-mod leaver;
 mod offers;
 mod page;
 mod records;

@@ -287,6 +287,33 @@ fn dropping_ends_though_a_kernel_does_not() {
 }
 
 #[test]
+fn a_graph_outlives_its_communicator() {
+    on_virtual_gpu("a_graph_outlives_its_communicator", TWO, || {
+        launch::threads(2, |environment| {
+            let rank = Rank::join(environment);
+            let free_bytes = || rank.kernels.device().memory_bytes().unwrap().0;
+            let meet = || rank.world.barrier("of the test", PATIENCE).unwrap();
+            let buffer = rank.framed(&[1.0f32; 100], 0);
+            let before = free_bytes();
+            let mut communicator = rank.communicator(Options::default());
+            let mut graph = rank.stream.capture(|| {
+                communicator.barrier(&rank.stream)?;
+                communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream)
+            });
+            drop(communicator);
+            meet();
+            graph.as_mut().unwrap().launch(&rank.stream).unwrap();
+            buffer.check(&rank, &[2.0f32; 100], "a sum of a graph without a communicator");
+            meet();
+            drop(graph);
+            meet();
+            assert_eq!(free_bytes(), before);
+        })
+        .unwrap();
+    });
+}
+
+#[test]
 fn dropping_in_a_capture_frees_nothing_and_does_not_end_it() {
     on_virtual_gpu("dropping_in_a_capture_frees_nothing_and_does_not_end_it", ONE, || {
         launch::threads(1, |environment| {
