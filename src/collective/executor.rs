@@ -235,7 +235,7 @@ impl Run<'_> {
             mine.call[parity].0.get().write(call);
             if self.is_in_mailbox(&call) && self.contributes() {
                 let bytes = self.payload_bytes().unwrap_or(0);
-                group.hand_over.copy(job.src.ptr, mine.mailbox[parity].as_ptr(), bytes, |_, _| ());
+                group.hand_over.copy(job.src.ptr, mine.mailbox[parity].as_ptr(), bytes);
             }
         }
         mine.arrived.post(generation);
@@ -427,7 +427,7 @@ impl Run<'_> {
     /// As for [`copy`](Run::copy), and they are disjoint.
     pub(super) unsafe fn hand_over(&self, from: *const u8, to: *mut u8, len_elems: usize) {
         // SAFETY: the caller's promise. The size was checked when the buffers were made.
-        unsafe { self.group.hand_over.copy(from, to, len_elems * self.dtype.size_bytes(), |_, _| ()) }
+        unsafe { self.group.hand_over.copy(from, to, len_elems * self.dtype.size_bytes()) }
     }
 
     /// Address of element `offset_elems`.

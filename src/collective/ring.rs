@@ -88,7 +88,7 @@ impl Ring<'_> {
                 }
                 Phase::ReduceScatter => {
                     let bytes = len_elems * partial::size_bytes(types.0, types.1);
-                    run.group.hand_over.copy(self.scratch(), slot, bytes, |_, _| ());
+                    run.group.hand_over.copy(self.scratch(), slot, bytes);
                 }
                 Phase::AllGather | Phase::Broadcast => {
                     run.hand_over(run.at(job.dst.ptr, send.span.offset_elems), slot, len_elems);

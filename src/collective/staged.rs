@@ -144,9 +144,9 @@ impl Staged<'_> {
                 }
                 if kind == Kind::AllReduce {
                     let (dst, element_bytes) = (run.at(job.dst.ptr, chunk.offset_elems), run.dtype.size_bytes());
-                    run.group.hand_over.copy(dst, result, chunk.len_elems * element_bytes, |at, len| {
+                    run.group.hand_over.make(dst, result, chunk.len_elems * element_bytes, |at, len, places| {
                         let part = Span { offset_elems: at / element_bytes, len_elems: len / element_bytes };
-                        run.reduce(&terms, part, &[dst.add(at)]);
+                        run.reduce(&terms, part, places);
                     });
                 } else {
                     let whole = Span { offset_elems: 0, len_elems: chunk.len_elems };

@@ -24,6 +24,7 @@ pub mod launch;
 mod liveness;
 mod meeting;
 pub(crate) mod memory;
+#[cfg_attr(any(not(feature = "cuda"), loom), allow(dead_code, reason = "what waits in outposts are devices"))]
 mod outpost;
 mod recorder;
 mod rendezvous;
@@ -39,6 +40,7 @@ pub use arena::ArenaRange;
 pub use board::{GROUP_AREA_BYTES, MAX_GROUPS, MAX_RANKS, Region};
 pub use control::GATHER_LIMIT_BYTES;
 pub use environment::{Environment, Launcher};
+#[cfg(all(feature = "cuda", not(loom)))]
 pub(crate) use outpost::{Outpost, Watch};
 pub use recorder::{Record, RecordId};
 pub use segment::Segment;
