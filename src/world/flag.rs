@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The two full fences are the store-load edge of Dekker's algorithm: either the poster sees the waiter and wakes it, or
-//! the waiter sees the new generation and does not sleep. `tests/loom.rs` checks it. Generations are compared on the
+//! the waiter sees the new generation and does not sleep. `tests/loom` checks it. Generations are compared on the
 //! circle, so they may wrap.
 
 use std::time::{Duration, Instant};
