@@ -39,7 +39,8 @@ fn memory_under_a_kernel_that_hangs_is_left_to_it_after_a_while() {
         let arena = |sharing| Arena::new(&device, 2 * MIB, sharing).unwrap();
         let (descriptor, handle) = (arena(Sharing::Descriptor), arena(Sharing::Handle));
         let buffer = Buffer::zeroed(&device, DType::U8, 2 * MIB).unwrap();
-        let (area, pinned) = (Pinned::zeroed(&device, 24).unwrap(), Pinned::zeroed(&device, 1).unwrap());
+        let pinned = || Pinned::zeroed(&device, 24).unwrap();
+        let (area, pinned, late) = (pinned(), pinned(), [pinned(), pinned(), pinned()]);
         linger(&kernels, &stream, area.address(), PATIENCE);
 
         let start = Instant::now();
@@ -52,6 +53,13 @@ fn memory_under_a_kernel_that_hangs_is_left_to_it_after_a_while() {
         let waited = start.elapsed();
         assert!(waited > Duration::from_secs(9) && waited < PATIENCE / 2, "{waited:?}");
         assert_eq!(free_bytes(&device), 2 * MIB, "nothing is freed under the kernel");
+        let start_late = Instant::now();
+        drop(late);
+        assert!(
+            start_late.elapsed() < Duration::from_secs(5),
+            "the device is known to hang: {:?}",
+            start_late.elapsed()
+        );
         assert!(log.has("until the device's work ends"));
 
         release(&area);
