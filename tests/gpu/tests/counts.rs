@@ -1,5 +1,5 @@
-//! What every timed operation costs, as far as it can be known without a GPU: bytes that the kernels load and store, beside
-//! the least that there is, and instructions.
+//! What every timed operation costs, as far as it can be known without a GPU: bytes that the kernels load and store, and those of
+//! the memory transactions by which they do, beside the least that there is, and instructions.
 //!
 //!     cargo test -p annulus-gpu --test counts -- --nocapture
 
@@ -25,6 +25,8 @@ struct Cost {
     instructions: u64,
     loaded_bytes: u64,
     stored_bytes: u64,
+    /// Of 32 bytes.
+    transactions: u64,
 }
 
 /// What the launches since `before` bytes of the tally did.
@@ -32,11 +34,12 @@ fn cost_since(tally: &str, before: usize) -> Cost {
     let mut cost = Cost::default();
     for line in tally[before..].lines() {
         let words: Vec<&str> = line.split(' ').collect();
-        let [instructions, loaded, stored] = [1, 2, 3].map(|at| words[at].parse::<u64>().unwrap());
+        let [instructions, loaded, stored, loads, stores] = [1, 2, 3, 4, 5].map(|at| words[at].parse::<u64>().unwrap());
         cost.kernels.push(words[0].to_owned());
         cost.instructions += instructions;
         cost.loaded_bytes += loaded;
         cost.stored_bytes += stored;
+        cost.transactions += loads + stores;
     }
     cost
 }
@@ -46,24 +49,26 @@ fn measure() -> Result<()> {
     let read = || std::fs::read_to_string(&path).unwrap_or_default();
     let site = Site::open()?;
     let len_elems: usize = LENS.iter().sum();
-    let mut table = "| operation | kernels | least B | loaded + stored B | of least | instructions |\n".to_owned();
-    table += "|---|---|---:|---:|---:|---:|\n";
+    let mut table =
+        "| operation | kernels | least B | loaded + stored B | of least | transactions | instructions |\n".to_owned();
+    table += "|---|---|---:|---:|---:|---:|---:|\n";
     for case in CASES {
         let mut work = (case.prepare)(&site, &LENS)?;
         site.synchronize()?;
         let before = read().len();
         work(&site.stream)?;
         site.synchronize()?;
-        let Cost { kernels, instructions, loaded_bytes, stored_bytes } = cost_since(&read(), before);
+        let Cost { kernels, instructions, loaded_bytes, stored_bytes, transactions } = cost_since(&read(), before);
         let per_elem = |count: u64| count as f64 / len_elems as f64;
         let (least, moved) = (case.bytes_per_elem as f64, per_elem(loaded_bytes + stored_bytes));
         table += &format!(
-            "| {} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.1} |\n",
+            "| {} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.3} | {:.1} |\n",
             case.what,
             kernels.join("`, `"),
             per_elem(loaded_bytes),
             per_elem(stored_bytes),
             moved / least,
+            per_elem(32 * transactions) / least,
             per_elem(instructions)
         );
         assert!(!kernels.is_empty() && moved >= least, "{}: {moved} bytes an element", case.what);

@@ -83,6 +83,7 @@ pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, paramete
             detect_races: false,
             budget_instructions: watchdog_ms.saturating_mul(INSTRUCTIONS_PER_MS),
             resident_blocks,
+            counts_sectors: SETTINGS.tally.is_some(),
             ..Options::default()
         };
         let _turn = SETTINGS.one_at_a_time.then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));

@@ -27,7 +27,7 @@
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
 //! | `ANNULUS_VGPU_CALLS` | a file that gets a line for each call of the driver: its name | none |
 //! | `ANNULUS_VGPU_REFUSE` | a file: once it exists, it holds the name of a function and which call of it is refused | none |
-//! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored | none |
+//! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored, 32-byte transactions that load, that store | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
 //! memory nodes or graphs in them.

@@ -9,11 +9,12 @@ use annulus_vgpu::Report;
 
 use crate::settings::SETTINGS;
 
-/// Writes down a launch that has ended: kernel, instructions, bytes loaded, bytes stored.
+/// Writes down a launch that has ended: kernel, instructions, bytes loaded, bytes stored, transactions that load, that store.
 pub(crate) fn add(kernel: &str, report: &Report) {
     let Some(path) = &SETTINGS.tally else { return };
-    let Report { instructions, loaded_bytes, stored_bytes, .. } = report;
-    append(path, &format!("{kernel} {instructions} {loaded_bytes} {stored_bytes}\n"));
+    let Report { instructions, loaded_bytes, stored_bytes, loaded_sectors, stored_sectors } = report;
+    let line = format!("{kernel} {instructions} {loaded_bytes} {stored_bytes} {loaded_sectors} {stored_sectors}\n");
+    append(path, &line);
 }
 
 /// Writes down a call of the function `name`.

@@ -35,6 +35,7 @@ impl Machine<'_> {
         }
         if place.space == Space::Global {
             self.report.loaded_bytes += len_bytes as u64;
+            self.report.loaded_sectors += self.sectors_of(thread, at, place, len_bytes);
         }
         Ok(if touch.is_some() { Next::Yield } else { Next::Go })
     }
@@ -59,6 +60,7 @@ impl Machine<'_> {
         self.tell(thread, touch, false)?;
         if place.space == Space::Global {
             self.report.stored_bytes += len_bytes as u64;
+            self.report.stored_sectors += self.sectors_of(thread, at, place, len_bytes);
         }
         Ok(if touch.is_some() { Next::Yield } else { Next::Go })
     }
@@ -102,6 +104,12 @@ impl Machine<'_> {
             self.set(thread, &instruction.operands[0], extend(old, ty.kind, len_bytes));
         }
         Ok(Next::Yield)
+    }
+
+    fn sectors_of(&mut self, thread: usize, at: usize, place: Place, len_bytes: usize) -> u64 {
+        let lane = self.threads[thread].index;
+        let sectors = self.sectors.as_mut();
+        sectors.map_or(0, |sectors| sectors.touch(thread, lane, at, place.address, len_bytes))
     }
 
     fn place_of(&self, thread: usize, operand: &Operand, space: Space) -> Place {

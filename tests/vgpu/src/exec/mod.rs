@@ -3,6 +3,7 @@
 mod access;
 mod arith;
 mod convert;
+mod sectors;
 mod step;
 mod warp;
 
@@ -10,6 +11,7 @@ use crate::fault::{Fault, Site};
 use crate::outside::Outside;
 use crate::ptx::Kernel;
 use crate::race::Detector;
+use sectors::Sectors;
 
 /// Threads of a warp.
 const WARP_THREADS: usize = 32;
@@ -91,11 +93,19 @@ pub struct Options {
     pub budget_instructions: u64,
     /// Blocks of one launch that run at the same time; the others wait for their end, as on a small device.
     pub resident_blocks: usize,
+    /// Whether to count memory transactions, which takes time and memory.
+    pub counts_sectors: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { seed: 1, detect_races: true, budget_instructions: 200_000_000, resident_blocks: usize::MAX }
+        Options {
+            seed: 1,
+            detect_races: true,
+            budget_instructions: 200_000_000,
+            resident_blocks: usize::MAX,
+            counts_sectors: false,
+        }
     }
 }
 
@@ -108,6 +118,10 @@ pub struct Report {
     pub loaded_bytes: u64,
     /// Bytes stored to global memory.
     pub stored_bytes: u64,
+    /// Transactions of 32 bytes by which warps load; 0 if they are not counted.
+    pub loaded_sectors: u64,
+    /// Transactions of 32 bytes by which warps store; 0 if they are not counted.
+    pub stored_sectors: u64,
 }
 
 /// Runs all launches together, as kernels that are in flight at the same time. Kernels that a stream orders one after the
@@ -176,6 +190,7 @@ struct Machine<'a> {
     /// Indices of threads that can go on.
     ready: Vec<usize>,
     detector: Option<Detector>,
+    sectors: Option<Sectors>,
     random: u64,
     report: Report,
 }
@@ -194,6 +209,7 @@ impl<'a> Machine<'a> {
             blocks: Vec::new(),
             ready: Vec::new(),
             detector: None,
+            sectors: options.counts_sectors.then(Sectors::default),
             random: options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             report: Report::default(),
         };
