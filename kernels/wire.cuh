@@ -42,14 +42,20 @@ DEVICE Pack<T, W> load(const T* from) {
   return pack;
 }
 
+// One instruction for 16 bytes: written as an assignment, the compiler takes the words apart into stores of 4 bytes, each of
+// which makes a transaction for every sector of the warp's 512 bytes.
 template <class T, uint32_t W>
 DEVICE void store(T* to, const Pack<T, W>& pack) {
-  __builtin_assume(__isGlobal(to));
   if constexpr (W * sizeof(T) % PACK_BYTES == 0) {
     const uint4* words = reinterpret_cast<const uint4*>(&pack);
 #pragma unroll
-    for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+    for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) {
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(to) + i)),
+                   "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
+                   : "memory");
+    }
   } else {
+    __builtin_assume(__isGlobal(to));
 #pragma unroll
     for (uint32_t lane = 0; lane < W; ++lane) to[lane] = pack.lanes[lane];
   }

@@ -1,5 +1,7 @@
 //! `kernels/collective.cu` on several virtual devices at once, under the race detector, against `annulus::reference`.
 
+mod counts;
+mod far;
 mod faults;
 mod mutants;
 mod owner;

@@ -43,7 +43,8 @@ pub fn inputs<T: Element>(operation: &Operation, world_size: u32, value: impl Fn
 /// Values whose sums depend on the order: mantissas full of bits, magnitudes apart. NaN, infinities, -0.0 and denormals
 /// among them.
 pub fn rough<T: Element>(rank: usize, i: usize) -> T {
-    let mixed = (i as u64 * 0x9e37_79b9 + rank as u64 * 0x85eb_ca6b + 1).wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
+    let place = (i as u64).wrapping_mul(0x9e37_79b9).wrapping_add(rank as u64 * 0x85eb_ca6b + 1);
+    let mixed = place.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
     match mixed % 97 {
         0 if i.is_multiple_of(5) => T::from_f64(f64::NAN),
         1 => T::from_f64(f64::INFINITY),

@@ -6,7 +6,7 @@ use annulus::abi::collective::{
 };
 use annulus::schedule::{Algorithm, Collective, Schedule};
 use annulus::{Element, ReduceOp};
-use annulus_vgpu::{Arguments, Fault, Launch, Memory, Module, Options, run};
+use annulus_vgpu::{Arguments, Fault, Launch, Memory, Module, Options, Report, run};
 use bytemuck::{Pod, Zeroable};
 
 /// In the virtual GPU a nanosecond is an instruction.
@@ -242,13 +242,13 @@ impl World {
         module: &Module,
         arguments: &[CollectiveArguments],
         options: &Options,
-    ) -> Result<(), Fault> {
+    ) -> Result<Report, Fault> {
         let kernel = module.kernel(collective_entry(T::DTYPE))?;
         let launches = arguments.iter().enumerate().map(|(device, arguments)| Launch {
             device,
             ..Launch::new(kernel, arguments.channels, self.shape.threads, words(arguments))
         });
-        run(&launches.collect::<Vec<_>>(), &mut self.memory, options).map(|_| ())
+        run(&launches.collect::<Vec<_>>(), &mut self.memory, options)
     }
 
     /// All ranks in one grid on one device.
@@ -257,7 +257,7 @@ impl World {
         module: &Module,
         arguments: &[CollectiveArguments],
         options: &Options,
-    ) -> Result<(), Fault> {
+    ) -> Result<Report, Fault> {
         let mut together = arguments[0];
         for (rank, arguments) in arguments.iter().enumerate() {
             together.ranks[rank] = arguments.ranks[0];
@@ -265,7 +265,7 @@ impl World {
         let kernel = module.kernel(collective_entry(T::DTYPE))?;
         let blocks = self.shape.channels * self.shape.world_size;
         let launch = Launch::new(kernel, blocks, self.shape.threads, words(&together));
-        run(&[launch], &mut self.memory, options).map(|_| ())
+        run(&[launch], &mut self.memory, options)
     }
 }
 
