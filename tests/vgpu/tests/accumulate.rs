@@ -12,6 +12,9 @@ use tensors::{ALIGNED, Device, Place, Tensor, fast, hard};
 
 static MODULE: LazyLock<Module> = LazyLock::new(|| Module::parse(kernels::ACCUMULATE).unwrap());
 
+/// Elements before those that there is memory of: whole chunks, around 2^31 and 2^32.
+const FAR: [u64; 3] = [1 << 31, 1 << 32, (1 << 32) + (1 << 31)];
+
 const SINGLES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -217,29 +220,31 @@ fn what_is_in_place_is_scaled_once() {
     }
 }
 
+/// Tensors of which only what lies behind `first_elem` exists.
 #[test]
 fn chunks_beyond_the_31st_bit_are_added_at_their_own_addresses() {
     let (src, dst) = (hard(DType::BF16, 700, 12), hard(DType::F32, 700, 13));
-    let (src_base, dst_base, index) = (0x10_0000_0000u64, 0x20_0000_0000u64, 1u64 << 17);
-    let first = index * 32768;
-    let mut device = Device::new();
-    device.memory.alloc_at(src_base + 2 * first, src.bytes());
-    device.memory.alloc_at(dst_base + 4 * first, dst.bytes());
-    let tensor = CastTensor {
-        src: src_base,
-        dst: dst_base,
-        len_elems: first + 700,
-        first_index: 0,
-        src_dtype: DType::BF16 as u32,
-        dst_dtype: DType::F32 as u32,
-    };
-    let chunks = device.place(&[ChunkRef { tensor: 0, index: index as u32 }]);
-    let range = ChunkRange { chunks, first_chunk: 0, len_chunks: 1 };
-    let tensors = device.place(&[tensor]);
-    let arguments = AccumulateArguments { tensors, range, factor: 1.0, ..AccumulateArguments::zeroed() };
-    device.run(&MODULE, "accumulate_tensors", 1, ELEMENTWISE_THREADS, &arguments, &fast()).unwrap();
-    let actual = device.read_tensor(dst_base + 4 * first, DType::F32, 700);
-    assert_eq!(actual.bits(), Kernel::Accumulate.expected(&src, &dst, 1.0).bits(), "at 2^32");
+    for (kernel, first_elem) in Kernel::BOTH.into_iter().flat_map(|kernel| FAR.map(|first| (kernel, first))) {
+        let mut device = Device::new();
+        let (src_at, dst_at) = (device.tensor(&src, 0), device.tensor(&dst, 0));
+        // What lies before is never reached, so its address may wrap.
+        let begin = |address: u64, dtype: DType| address.wrapping_sub(first_elem * dtype.size_bytes() as u64);
+        let tensor = CastTensor {
+            src: begin(src_at, DType::BF16),
+            dst: begin(dst_at, DType::F32),
+            len_elems: first_elem + 700,
+            first_index: 0,
+            src_dtype: DType::BF16 as u32,
+            dst_dtype: DType::F32 as u32,
+        };
+        let chunks = device.place(&[ChunkRef { tensor: 0, index: (first_elem / 32768) as u32 }]);
+        let range = ChunkRange { chunks, first_chunk: 0, len_chunks: 1 };
+        let tensors = device.place(&[tensor]);
+        let arguments = AccumulateArguments { tensors, range, factor: 0.5, ..AccumulateArguments::zeroed() };
+        device.run(&MODULE, kernel.name(), 1, ELEMENTWISE_THREADS, &arguments, &fast()).unwrap();
+        let actual = device.read_tensor(dst_at, DType::F32, 700);
+        assert_eq!(actual.bits(), kernel.expected(&src, &dst, 0.5).bits(), "{kernel:?} behind {first_elem}");
+    }
 }
 
 #[test]

@@ -38,6 +38,26 @@ fn work(src: &Tensor, dst: &Tensor, place: Place, first_index: u64) -> Work {
     Work { table: device.place(&[tensor]), dst: tensor.dst, device, range }
 }
 
+/// Elements before those that there is memory of: whole chunks, around 2^31 and 2^32.
+const FAR: [u64; 3] = [1 << 31, 1 << 32, (1 << 32) + (1 << 31)];
+
+/// Tensors of which only what lies behind `first_elem` exists, which is less than a chunk.
+fn work_behind(first_elem: u64, src: &Tensor, dst: &Tensor) -> Work {
+    let mut work = work(src, dst, ALIGNED, 0);
+    let near: CastTensor = work.device.read(work.table);
+    // What lies before is never reached, so its address may wrap.
+    let begin = |address: u64, dtype: DType| address.wrapping_sub(first_elem * dtype.size_bytes() as u64);
+    let tensor = CastTensor {
+        src: begin(near.src, src.dtype()),
+        dst: begin(near.dst, dst.dtype()),
+        len_elems: first_elem + near.len_elems,
+        ..near
+    };
+    work.table = work.device.place(&[tensor]);
+    work.range.chunks = work.device.place(&[ChunkRef { tensor: 0, index: (first_elem / 32768) as u32 }]);
+    work
+}
+
 impl Work {
     #[track_caller]
     fn run<A: NoUninit>(&mut self, kernel: &str, blocks: u32, arguments: &A, options: &Options) -> Report {
@@ -240,27 +260,55 @@ fn blocks_write_apart_also_where_groups_cross_chunks() {
 
 #[test]
 fn chunks_beyond_the_31st_bit_are_cast_at_their_own_addresses() {
-    let piece = hard(DType::F32, 700, 9);
-    let (src_base, dst_base, index) = (0x10_0000_0000u64, 0x20_0000_0000u64, 1u64 << 17);
-    let first = index * 32768;
-    let mut device = Device::new();
-    device.memory.alloc_at(src_base + 4 * first, piece.bytes());
-    device.memory.alloc_at(dst_base + 2 * first, &[0; 1400]);
-    let tensor = CastTensor {
-        src: src_base,
-        dst: dst_base,
-        len_elems: first + 700,
-        first_index: 0,
-        src_dtype: DType::F32 as u32,
-        dst_dtype: DType::F16 as u32,
-    };
-    let chunks = device.place(&[ChunkRef { tensor: 0, index: index as u32 }]);
-    let range = ChunkRange { chunks, first_chunk: 0, len_chunks: 1 };
-    let arguments = CastArguments { tensors: device.place(&[tensor]), range, ..CastArguments::zeroed() };
-    device.run(&MODULE, "cast_tensors", 1, ELEMENTWISE_THREADS, &arguments, &fast()).unwrap();
-    let mut expected = Tensor::zeros(DType::F16, 700);
-    ops::cast(piece.slice(), expected.slice_mut(), Saturate::No).unwrap();
-    compare(&piece, &device.read_tensor(dst_base + 2 * first, DType::F16, 700), &expected, "at 2^32");
+    for first_elem in FAR {
+        for (from, to) in [(DType::F32, DType::F16), (DType::BF16, DType::F32)] {
+            let (src, mut expected) = (hard(from, 700, 9), Tensor::zeros(to, 700));
+            let mut work = work_behind(first_elem, &src, &expected);
+            let arguments = CastArguments { tensors: work.table, range: work.range, ..CastArguments::zeroed() };
+            work.run("cast_tensors", 1, &arguments, &fast());
+            ops::cast(src.slice(), expected.slice_mut(), Saturate::No).unwrap();
+            compare(&src, &work.device.read_tensor(work.dst, to, 700), &expected, &format!("behind {first_elem}"));
+        }
+    }
+}
+
+#[test]
+fn elements_beyond_the_31st_bit_are_rounded_with_bits_of_their_own() {
+    for first_elem in FAR {
+        let src = hard(DType::F32, 700, 10);
+        let mut work = work_behind(first_elem, &src, &Tensor::zeros(DType::BF16, 700));
+        let key = RoundingKey { seed: 77, step: 3 };
+        let arguments = CastArguments { tensors: work.table, range: work.range, key, ..CastArguments::zeroed() };
+        work.run("cast_stochastic", 1, &arguments, &fast());
+        let Tensor::F32(values) = &src else { unreachable!() };
+        let rounded = values.iter().zip(first_elem..).map(|(value, index)| {
+            reference::f32_to_bf16_stochastic(*value, reference::rounding_bits(key.seed, key.step, index), false)
+        });
+        let expected = Tensor::BF16(rounded.collect());
+        let actual = work.device.read_tensor(work.dst, DType::BF16, 700);
+        compare(&src, &actual, &expected, &format!("behind {first_elem}"));
+    }
+}
+
+#[test]
+fn chunks_beyond_the_31st_bit_are_scaled_and_clamped_at_their_own_addresses() {
+    for (first_elem, dtype) in FAR.into_iter().flat_map(|first_elem| FLOATS.map(|dtype| (first_elem, dtype))) {
+        let src = hard(dtype, 700, 11);
+        let mut work = work_behind(first_elem, &src, &src);
+        let signal = work.device.place(&[signal(0.37, 1.0)]);
+        let arguments = ScaleArguments { tensors: work.table, range: work.range, signal };
+        work.run("scale_tensors", 1, &arguments, &fast());
+        let mut expected = src.clone();
+        ops::scale_in_place(expected.slice_mut(), 0.37);
+        let scaled = work.device.read_tensor(work.dst, dtype, 700);
+        assert_eq!(scaled.bits(), expected.bits(), "{dtype} scaled behind {first_elem}");
+
+        let arguments = ClampArguments { tensors: work.table, range: work.range, signal: 0, limit: 0.25 };
+        work.run("clamp_tensors", 1, &arguments, &fast());
+        ops::clip_value(expected.slice_mut(), 0.25).unwrap();
+        let clamped = work.device.read_tensor(work.dst, dtype, 700);
+        assert_eq!(clamped.bits(), expected.bits(), "{dtype} clamped behind {first_elem}");
+    }
 }
 
 #[test]

@@ -247,12 +247,19 @@ fn the_loss_scale_is_taken_out_of_the_norm() {
 /// Gradients of which only the chunks around element 2^31 and the last one exist in memory.
 #[test]
 fn elements_beyond_the_31st_bit_are_reached_by_their_own_addresses() {
+    for norm_type in TYPES {
+        reaches_its_own_addresses(norm_type);
+    }
+}
+
+#[track_caller]
+fn reaches_its_own_addresses(norm_type: NormType) {
     const LEN_ELEMS: u64 = (1 << 32) + 1000;
     let base = 0x10_0000_0000;
     let tensor = NormTensor { gradient: base, len_elems: LEN_ELEMS, dtype: DType::BF16 as u32, padding: 0 };
     let pieces = [((1u64 << 31) - 32768, 2 * 32768), (1 << 32, 1000)];
     let tensors = pieces.map(|(_, len_elems)| (ordinary(DType::BF16, len_elems, len_elems as u64), 0));
-    let mut gradients = Gradients::new(&tensors, NormType::L2);
+    let mut gradients = Gradients::new(&tensors, norm_type);
     for ((first, _), (piece, _)) in pieces.iter().zip(&tensors) {
         gradients.device.memory.alloc_at(base + 2 * first, piece.bytes());
     }
@@ -263,7 +270,7 @@ fn elements_beyond_the_31st_bit_are_reached_by_their_own_addresses() {
     gradients.arguments.range.chunks = gradients.device.place(&chunks.collect::<Vec<_>>());
     gradients.arguments.tensors = gradients.device.place(&[tensor]);
     let (signal, _) = gradients.measure(2, &fast());
-    assert_eq!(signal.total_norm.to_bits(), host(&tensors, NormType::L2).total_norm.to_bits());
+    assert_eq!(signal.total_norm.to_bits(), host(&tensors, norm_type).total_norm.to_bits(), "{norm_type:?}");
 }
 
 /// Bytes of the tables, of the arguments' structs and of the final walk, for one chunk.

@@ -5,7 +5,7 @@ mod tensors;
 use std::sync::LazyLock;
 
 use annulus::abi::{
-    AdamWRule, ELEMENTWISE_THREADS, LossScaler, OptimizerArguments, OptimizerState, OptimizerTensor, SgdRule,
+    AdamWRule, ChunkRef, ELEMENTWISE_THREADS, LossScaler, OptimizerArguments, OptimizerState, OptimizerTensor, SgdRule,
     StepSignal,
 };
 use annulus::ops::{self, AdamWOptions, GradScaler, Rounding, RoundingKey, SgdOptions, Weights};
@@ -280,6 +280,40 @@ fn every_length_and_alignment_touches_its_own_elements_only() {
             let parameter = Parameter::new(4 * 1024 + 77, DType::F32, kept, 2, 5);
             check(&[parameter], rule, 0..1, None, offsets, &fast());
             check(&[Parameter::new(3, DType::F32, kept, 2, 5)], rule, 0..1, None, offsets, &Options::default());
+        }
+    }
+}
+
+/// Parameters of which only the elements behind `first_elem` exist in memory.
+#[test]
+fn elements_beyond_the_31st_bit_are_stepped_at_their_own_addresses() {
+    for first_elem in [1u64 << 31, 1 << 32, (1 << 32) + (1 << 31)] {
+        for rule in rules() {
+            for kept in [Kept::MasterAndModel(DType::BF16), Kept::ModelStochastic(DType::F16)] {
+                let mut parameter = Parameter::new(700, DType::BF16, kept, rule.len_states(), 3);
+                let mut model = Model::new(std::slice::from_ref(&parameter), rule, 0, [0; 4]);
+                // What lies before is never reached, so its address may wrap.
+                let begin = |address: u64, dtype: DType| match address {
+                    0 => 0,
+                    address => address.wrapping_sub(first_elem * dtype.size_bytes() as u64),
+                };
+                let near = model.tensors[0];
+                let tensor = OptimizerTensor {
+                    gradient: begin(near.gradient, DType::BF16),
+                    master: begin(near.master, DType::F32),
+                    model: begin(near.model, DType::F16), // as long as BF16
+                    states: near.states.map(|state| begin(state, DType::F32)),
+                    len_elems: first_elem + 700,
+                    ..near
+                };
+                model.arguments.tensors = model.device.place(&[tensor]);
+                let chunk = ChunkRef { tensor: 0, index: (first_elem / 32768) as u32 };
+                model.arguments.range.chunks = model.device.place(&[chunk]);
+                model.step(1, &fast());
+                parameter.first_index += first_elem;
+                parameter.step(rule, 1, ops::StepSignal::default());
+                model.compare(&[parameter], &format!("{rule:?}, {kept:?}, behind {first_elem} elements"));
+            }
         }
     }
 }

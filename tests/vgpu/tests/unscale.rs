@@ -5,7 +5,8 @@ mod tensors;
 use std::sync::LazyLock;
 
 use annulus::abi::{
-    CombineArguments, NORM_THREADS, NormSlot, NormState, StepSignal, UnscaleArguments, UnscaleTensor, norm_kind,
+    ChunkRef, CombineArguments, NORM_THREADS, NormSlot, NormState, StepSignal, UnscaleArguments, UnscaleTensor,
+    norm_kind,
 };
 use annulus::ops::NormSlots;
 use annulus::{DType, NormType, kernels};
@@ -35,11 +36,13 @@ struct Case {
     norm_type: NormType,
     scale: f32,
     in_place: bool,
+    /// Elements of each tensor before those that there is memory of: whole chunks.
+    first_elem: u64,
 }
 
 #[track_caller]
 fn check(case: &Case, blocks: u32, options: &Options) -> Report {
-    let Case { tensors, norm_type, scale, in_place } = case;
+    let Case { tensors, norm_type, scale, in_place, first_elem } = case;
     let mut device = Device::new();
     let place = |device: &mut Device, tensor: &Tensor, offset_bytes| device.tensor(tensor, offset_bytes);
     let table: Vec<UnscaleTensor> = tensors
@@ -60,7 +63,19 @@ fn check(case: &Case, blocks: u32, options: &Options) -> Report {
         })
         .collect();
     let lens: Vec<usize> = tensors.iter().map(|(src, ..)| src.len_elems()).collect();
-    let range = device.all_chunks(&lens);
+    let mut range = device.all_chunks(&lens);
+    let mut listed = table.clone();
+    if *first_elem > 0 {
+        // Each piece is shorter than a chunk. What lies before it is never reached, so its address may wrap.
+        let index = (first_elem / 32768) as u32;
+        let chunks: Vec<ChunkRef> = (0..lens.len() as u32).map(|tensor| ChunkRef { tensor, index }).collect();
+        range.chunks = device.place(&chunks);
+        for (entry, (src, to, _)) in listed.iter_mut().zip(tensors) {
+            entry.src = entry.src.wrapping_sub(first_elem * src.dtype().size_bytes() as u64);
+            entry.dst = entry.dst.wrapping_sub(first_elem * to.size_bytes() as u64);
+            entry.len_elems += first_elem;
+        }
+    }
     let (kind, p) = norm_kind(*norm_type);
     let combine = CombineArguments {
         slots: device.place(&vec![NormSlot::zeroed(); range.len_chunks as usize]),
@@ -74,7 +89,7 @@ fn check(case: &Case, blocks: u32, options: &Options) -> Report {
         skips: 1,
         ..CombineArguments::zeroed()
     };
-    let arguments = UnscaleArguments { tensors: device.place(&table), range, combine, scale: device.place(&[*scale]) };
+    let arguments = UnscaleArguments { tensors: device.place(&listed), range, combine, scale: device.place(&[*scale]) };
     let report = device
         .run(&MODULE, "unscale_norm", blocks, NORM_THREADS, &arguments, options)
         .unwrap_or_else(|fault| panic!("{fault}"));
@@ -112,7 +127,7 @@ fn every_pair_of_dtypes_has_the_bits_of_the_host() {
         for norm_type in TYPES {
             for len_elems in [0, 1, 131, 2048, 4500] {
                 let tensors = vec![(gradient(from, len_elems, 1), to, [0, 0]), (gradient(from, 70, 2), to, [0, 0])];
-                check(&Case { tensors, norm_type, scale: 1024.0, in_place: false }, 2, &fast());
+                check(&Case { tensors, norm_type, scale: 1024.0, in_place: false, first_elem: 0 }, 2, &fast());
             }
         }
     }
@@ -124,7 +139,7 @@ fn every_alignment_touches_its_own_elements_only_and_may_be_in_place() {
         let (src_bytes, dst_bytes) = (from.size_bytes() as u64, to.size_bytes() as u64);
         for offsets in [[src_bytes, 0], [0, dst_bytes], [16 - src_bytes, 16 - dst_bytes]] {
             let tensors = vec![(gradient(from, 2048 + 90, 3), to, offsets)];
-            check(&Case { tensors, norm_type: NormType::L2, scale: 3.0, in_place: false }, 1, &fast());
+            check(&Case { tensors, norm_type: NormType::L2, scale: 3.0, in_place: false, first_elem: 0 }, 1, &fast());
         }
         if from == to {
             for offset in [0, src_bytes] {
@@ -138,6 +153,7 @@ fn every_alignment_touches_its_own_elements_only_and_may_be_in_place() {
                         norm_type: NormType::L2,
                         scale: 2.0,
                         in_place: true,
+                        first_elem: 0,
                     };
                     check(&case, 1, &Options::default());
                 }
@@ -154,7 +170,13 @@ fn what_is_lost_or_arises_in_the_cast_is_what_is_measured() {
             for norm_type in TYPES {
                 let tensor = Tensor::from_fn(from, 200, |i| if i == 150 { bad } else { 0.25 });
                 check(
-                    &Case { tensors: vec![(tensor, to, [0, 0])], norm_type, scale: 0.5, in_place: false },
+                    &Case {
+                        tensors: vec![(tensor, to, [0, 0])],
+                        norm_type,
+                        scale: 0.5,
+                        in_place: false,
+                        first_elem: 0,
+                    },
                     1,
                     &fast(),
                 );
@@ -168,12 +190,27 @@ fn every_byte_moves_once() {
     for (from, to) in [(DType::F32, DType::BF16), (DType::BF16, DType::BF16), (DType::F16, DType::F32)] {
         let len_elems = 32768;
         let tensors = vec![(gradient(from, len_elems, 1), to, [0, 0])];
-        let report = check(&Case { tensors, norm_type: NormType::L2, scale: 1024.0, in_place: false }, 1, &fast());
+        let report = check(
+            &Case { tensors, norm_type: NormType::L2, scale: 1024.0, in_place: false, first_elem: 0 },
+            1,
+            &fast(),
+        );
         let per_element = report.instructions as f64 / len_elems as f64;
         println!("{from} to {to}: {per_element:.2} instructions an element, {report:?}");
         // Tables, structs and slots.
         assert!(report.loaded_bytes <= (len_elems * from.size_bytes()) as u64 + 256 * 64, "{report:?}");
         assert!(report.stored_bytes <= (len_elems * to.size_bytes()) as u64 + 256, "{report:?}");
         assert!(per_element <= 20.0, "{per_element}");
+    }
+}
+
+#[test]
+fn chunks_beyond_the_31st_bit_are_unscaled_at_their_own_addresses() {
+    for first_elem in [1 << 31, 1 << 32, (1 << 32) + (1 << 31)] {
+        for (from, to) in [(DType::F32, DType::BF16), (DType::BF16, DType::F32)] {
+            let tensors = vec![(gradient(from, 700, 3), to, [0, 0]), (gradient(from, 31, 4), to, [0, 0])];
+            let case = Case { tensors, norm_type: NormType::L2, scale: 8.0, in_place: false, first_elem };
+            check(&case, 2, &fast());
+        }
     }
 }
