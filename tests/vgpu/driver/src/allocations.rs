@@ -87,9 +87,14 @@ pub(crate) fn remove(address: u64, call: &str, accepts: impl Fn(Kind) -> bool) -
         None => refuse(Status::INVALID_VALUE, &format!("{call} of {address:#x}, where no allocation begins")),
     })?;
     if matches!(removed.kind, Kind::Device | Kind::Pool) {
+        if removed.mapping.is_announced() {
+            // DAPI 6.13, `cuIpcOpenMemHandle`: "Calling cuMemFree on an exported memory region before calling
+            // cuIpcCloseMemHandle in the importing context will result in undefined behavior."
+            eprintln!("virtual GPU: {call} of {address:#x}, which another process has still open");
+            std::process::abort();
+        }
         device::give_back(removed.device, removed.len_bytes);
-        // Whoever still has it mapped reads rubbish: DAPI 6.13, `cuIpcOpenMemHandle`, calls that
-        // "undefined behavior".
+        // Whoever still uses it in this process reads rubbish.
         removed.mapping.fill(0, removed.len_bytes, 0xdb);
     }
     Ok(removed)

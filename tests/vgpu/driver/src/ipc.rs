@@ -88,6 +88,7 @@ pub(crate) fn open(handle: Handle, flags: u32) -> Result<u64> {
     }
     let len_bytes = usize::try_from(len_bytes).map_err(|_| Status::INVALID_VALUE)?;
     let mapping = Mapping::of_memory(memory, len_bytes).map_err(|_| Status::MAP_FAILED)?;
+    mapping.announce().map_err(|_| Status::OPERATING_SYSTEM)?;
     let address = mapping.address();
     let allocation = Allocation { mapping: Arc::new(mapping), len_bytes, kind: Kind::Imported, device: exporter };
     allocations::change(|table| Ok(table.insert(address, allocation)))?;
@@ -106,7 +107,9 @@ pub(crate) fn close(address: u64) -> Result<()> {
     if *count == 0 {
         let handle = *handle;
         open.remove(&handle);
-        allocations::remove(address, "cuIpcCloseMemHandle", |kind| kind == Kind::Imported)?;
+        let closed = allocations::remove(address, "cuIpcCloseMemHandle", |kind| kind == Kind::Imported)?;
+        // A kernel in flight may keep the mapping for longer.
+        closed.mapping.forgo().map_err(|_| Status::OPERATING_SYSTEM)?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FlockOperation, MemfdFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// Memory is called by this and the number of its device.
@@ -134,6 +134,26 @@ impl Mapping {
 
     pub fn descriptor(&self) -> Option<RawFd> {
         self.memory.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Lets the process that made the memory know of this mapping until [`forgo`](Mapping::forgo). The lock is the open
+    /// file's, so it goes with the process at the latest; the maker holds none.
+    pub fn announce(&self) -> rustix::io::Result<()> {
+        self.lock(FlockOperation::NonBlockingLockShared)
+    }
+
+    pub fn forgo(&self) -> rustix::io::Result<()> {
+        self.lock(FlockOperation::Unlock)
+    }
+
+    /// Whether another process has announced a mapping of this memory, which this one has made.
+    pub fn is_announced(&self) -> bool {
+        let taken = self.lock(FlockOperation::NonBlockingLockExclusive);
+        taken.is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
+    }
+
+    fn lock(&self, operation: FlockOperation) -> rustix::io::Result<()> {
+        self.memory.as_ref().map_or(Ok(()), |memory| rustix::fs::flock(memory, operation))
     }
 
     /// The pointer to `len_bytes` bytes at `offset_bytes`.

@@ -367,13 +367,13 @@ fn join_by_variables() -> Rank {
 }
 
 fn one_sum(rank: &Rank, communicator: &mut Communicator, len_elems: usize) {
-    let terms = inputs::<f32>(2, len_elems);
+    let terms = inputs::<f32>(rank.world.world_size() as usize, len_elems);
     let buffer = rank.framed(&terms[rank.number()], 0);
     communicator.all_reduce(&buffer.view, ReduceOp::Sum, &rank.stream).unwrap();
     buffer.check(rank, &reference::all_reduce(&terms, ReduceOp::Sum).unwrap(), "a sum between processes");
 }
 
-/// Rank 1 of 2.
+/// Every rank but the first.
 #[test]
 fn second_process() {
     as_peer("second_process", || {
@@ -411,7 +411,7 @@ fn beside(test: &str, role: &str, variables: &[(&str, &str)], theirs: (&str, &st
     });
 }
 
-/// Variables of rank 0 or 1.
+/// Variables of a rank.
 const PEERS: (&str, &str) = ("ANNULUS_VGPU_PEERS", "all");
 const NO_PEERS: (&str, &str) = ("ANNULUS_VGPU_PEERS", "none");
 const NO_DESCRIPTORS: (&str, &str) = ("ANNULUS_VGPU_DESCRIPTORS", "none");
@@ -462,6 +462,52 @@ fn p13_processes_whose_devices_share_no_descriptors_reach_each_other_by_handles(
 fn p13_one_device_that_shares_no_descriptors_decides_for_all() {
     let name = "p13_one_device_that_shares_no_descriptors_decides_for_all";
     between_processes(name, PEERS, NO_DESCRIPTORS, |rank, peer| sum_over_device_memory(rank, peer, BY_HANDLES));
+}
+
+/// Every rank has three others' memory mapped. That nobody frees before all have unmapped, when they leave, the driver sees
+/// to.
+fn four_processes(test: &str, variable: (&'static str, &'static str), way: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let fixed = [
+        ("ANNULUS_VGPU_DEVICES", "4"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "4"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("TMPDIR", folder.path().to_str().unwrap()),
+        variable,
+    ];
+    on_virtual_gpu(test, &fixed, || {
+        let mut peers = ["1", "2", "3"].map(|rank| Peer::start("second_process", &[("RANK", rank)]));
+        let log = log::keep();
+        let rank = join_by_variables();
+        let mut communicator = rank.communicator(Options::default());
+        assert!((1..4).all(|peer| communicator.transport(peer) == Some(Transport::Device)));
+        for len_elems in [1_000, 40_000] {
+            one_sum(&rank, &mut communicator, len_elems);
+        }
+        for peer in &mut peers {
+            assert_eq!(peer.hear(), "done");
+        }
+        peers.iter_mut().for_each(|peer| peer.tell("leave"));
+        drop(communicator);
+        peers.into_iter().for_each(Peer::finish);
+        assert!(log.has(way) && !log.tells_of_handles());
+    });
+}
+
+#[test]
+fn four_processes_reach_each_other_by_descriptors() {
+    four_processes(
+        "four_processes_reach_each_other_by_descriptors",
+        PEERS,
+        "staging crosses between processes as descriptors",
+    );
+}
+
+#[test]
+fn four_processes_reach_each_other_by_handles() {
+    four_processes("four_processes_reach_each_other_by_handles", NO_DESCRIPTORS, BY_HANDLES);
 }
 
 /// On rank 1 the driver refuses the stream that the probe would run on, when both have mapped the memory of the other.

@@ -7,6 +7,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -126,6 +127,11 @@ impl Peer {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Waits for its end: the signal that ended it.
+    pub fn signal(mut self) -> Option<i32> {
+        self.child.wait().unwrap().signal()
     }
 
     /// Waits for its end.
