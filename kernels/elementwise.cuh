@@ -5,7 +5,8 @@
 //   thread t: groups t, t + 256, ..                four packs loaded before the first is stored
 //
 // So every store is 16 bytes but for the chunk's head and tail. A source that lies otherwise is read with shifted pairs
-// of aligned loads (pack.cuh). `src` and `dst` are the same memory or do not overlap.
+// of aligned loads (pack.cuh). `src` and `dst` are the same memory or do not overlap. Where a side has two packs in a
+// group, two threads move their groups together (pack.cuh).
 #pragma once
 #include "table.cuh"
 
@@ -108,40 +109,42 @@ DEVICE void map_chunk(const Piece& piece, const Op& op) {
   const int32_t head = static_cast<int32_t>((PACK_BYTES - piece.dst % PACK_BYTES) % PACK_BYTES / DST_BYTES);
   const bool same_phase = (piece.src + head * SRC_BYTES) % PACK_BYTES == 0;
   constexpr int32_t STEP = BLOCK_THREADS * LANES;
-  // The group before the first aligned one holds the head.
-  const int32_t begin = head == 0 ? 0 : head - LANES;
-  int32_t first = begin + static_cast<int32_t>(threadIdx.x) * LANES;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+  int32_t first = head + static_cast<int32_t>(threadIdx.x) * LANES;
+  // The threads of a warp go together.
 #pragma unroll 1
-  while (same_phase && first >= 0 && first + (IN_FLIGHT - 1) * STEP + LANES <= len_elems) {
+  while (same_phase && first + (IN_FLIGHT - 1) * STEP + (32 - lane) * LANES <= len_elems) {
     typename G::Source source[IN_FLIGHT];
     typename G::Target target[IN_FLIGHT];
 #pragma unroll
     for (int32_t i = 0; i < IN_FLIGHT; ++i) {
-#pragma unroll
-      for (uint32_t k = 0; k < G::SRC_PACKS; ++k) {
-        source[i][k] = load_pack(piece.src + static_cast<uint32_t>(first + i * STEP) * SRC_BYTES + k * PACK_BYTES);
-      }
-      if constexpr (UPDATES) load_target<DST_BYTES>(piece, first + i * STEP, true, target[i]);
+      load_together(piece.src + static_cast<uint32_t>(first + i * STEP) * SRC_BYTES, source[i]);
+      if constexpr (UPDATES) load_together(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES, target[i]);
     }
 #pragma unroll
     for (int32_t i = 0; i < IN_FLIGHT; ++i) {
+      exchange(source[i]);
+      if constexpr (UPDATES) exchange(target[i]);
       op(source[i], target[i], first + i * STEP);
-#pragma unroll
-      for (uint32_t k = 0; k < G::DST_PACKS; ++k) {
-        store_pack(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES + k * PACK_BYTES, target[i][k]);
-      }
+      exchange(target[i]);
+      store_together(piece.dst + static_cast<uint32_t>(first + i * STEP) * DST_BYTES, target[i]);
     }
     first += IN_FLIGHT * STEP;
   }
+  // The head is in the group before the first, and the first thread's last.
+  bool has_head = head > 0 && threadIdx.x == 0;
 #pragma unroll 1
-  for (; first < len_elems; first += STEP) {
-    const bool is_whole = first >= 0 && first + LANES <= len_elems;
+  for (; first < len_elems || has_head; first += STEP) {
+    const bool is_head = first >= len_elems;
+    has_head &= !is_head;
+    const int32_t begin = is_head ? head - LANES : first;
+    const bool is_whole = begin >= 0 && begin + LANES <= len_elems;
     typename G::Source source;
     typename G::Target target;
-    load_group<SRC_BYTES>(piece, first, is_whole, source);
-    if constexpr (UPDATES) load_target<DST_BYTES>(piece, first, is_whole, target);
-    op(source, target, first);
-    store_group<DST_BYTES>(piece, first, is_whole, target);
+    load_group<SRC_BYTES>(piece, begin, is_whole, source);
+    if constexpr (UPDATES) load_target<DST_BYTES>(piece, begin, is_whole, target);
+    op(source, target, begin);
+    store_group<DST_BYTES>(piece, begin, is_whole, target);
   }
 }
 

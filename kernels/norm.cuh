@@ -53,6 +53,7 @@ struct Team {
 template <uint32_t BYTES>
 struct Elements {
   static constexpr uint32_t LANES = PACK_BYTES / BYTES;
+  static constexpr bool TOGETHER = false;  // whether whole runs are moved by all threads of a warp
   using Real = typename Wide<BYTES>::Type;
   using Raw = Pack;
 
@@ -215,7 +216,9 @@ DEVICE double measure_run(const Element& elements, uint64_t run_begin, uint64_t 
                           Sums<Element>& sums) {
 #pragma unroll
   for (uint32_t k = 0; k < Element::LANES; ++k) sums.lanes[k] = 0.0;
-  if (elements.is_whole(run_begin)) {
+  bool is_whole = elements.is_whole(run_begin);
+  if constexpr (Element::TOGETHER) is_whole = __all_sync(0xffffffffu, is_whole);
+  if (is_whole) {
 #pragma unroll 1
     for (uint32_t quad = 0; quad < RUN_ELEMS / QUAD_ELEMS; ++quad) {
       add_quad(sums, elements, index + quad * QUAD_ELEMS, exponent.kind);

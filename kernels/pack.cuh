@@ -116,6 +116,46 @@ DEVICE Pack shifted(const Pack& low, const Pack& high, uint32_t shift) {
   return pack;
 }
 
+// Groups of two packs, one behind the other. Were each thread to access its first pack and then its second, either access
+// of the warp would touch half of every 32-byte sector. So two neighbours access the group of the even thread, then that of
+// the odd one, and exchange what is the other's. All threads of a warp come here together, the group of thread t + 1 behind
+// that of t; a group of one pack is its thread's alone.
+
+template <uint32_t PACKS>
+DEVICE uint64_t shared_begin(uint64_t group) {
+  static_assert(PACKS <= 2, "one pack or two");
+  return PACKS == 1 ? group : group - threadIdx.x % 2 * PACK_BYTES;
+}
+
+template <uint32_t PACKS>
+DEVICE void load_together(uint64_t group, Pack (&packs)[PACKS]) {
+  const uint64_t begin = shared_begin<PACKS>(group);
+#pragma unroll
+  for (uint32_t i = 0; i < PACKS; ++i) packs[i] = load_pack(begin + i * 2 * PACK_BYTES);
+}
+
+template <uint32_t PACKS>
+DEVICE void store_together(uint64_t group, const Pack (&packs)[PACKS]) {
+  const uint64_t begin = shared_begin<PACKS>(group);
+#pragma unroll
+  for (uint32_t i = 0; i < PACKS; ++i) store_pack(begin + i * 2 * PACK_BYTES, packs[i]);
+}
+
+// Makes of what was loaded the own group, and of the own group what is to be stored.
+template <uint32_t PACKS>
+DEVICE void exchange(Pack (&packs)[PACKS]) {
+  if constexpr (PACKS == 2) {
+    const bool is_odd = threadIdx.x % 2 == 1;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t given = is_odd ? packs[0].words[i] : packs[1].words[i];
+      const uint32_t taken = __shfl_xor_sync(0xffffffffu, given, 1);
+      packs[0].words[i] = is_odd ? taken : packs[0].words[i];
+      packs[1].words[i] = is_odd ? packs[1].words[i] : taken;
+    }
+  }
+}
+
 // The bytes of one tensor: addresses that may be touched.
 struct Span {
   uint64_t begin;

@@ -53,6 +53,7 @@ struct Unscaled {
   static constexpr uint32_t DST_PACKS = LANES * DST_BYTES / PACK_BYTES;
   static constexpr uint32_t SRC_ELEMS = PACK_BYTES / SRC_BYTES;
   static constexpr uint32_t DST_ELEMS = PACK_BYTES / DST_BYTES;
+  static constexpr bool TOGETHER = SRC_PACKS + DST_PACKS > 2;
   using Real = typename Wide<DST_BYTES>::Type;
   struct Raw {
     Pack packs[SRC_PACKS];
@@ -71,17 +72,19 @@ struct Unscaled {
   template <bool WHOLE>
   MEMBER Raw fetch(uint64_t index) const {
     Raw raw;
+    const uint64_t group = src + index * SRC_BYTES;
+    if constexpr (WHOLE) load_together(group, raw.packs);
+    if constexpr (!WHOLE) {
 #pragma unroll
-    for (uint32_t i = 0; i < SRC_PACKS; ++i) {
-      const uint64_t address = src + index * SRC_BYTES + i * PACK_BYTES;
-      raw.packs[i] = WHOLE ? load_pack(address) : load_alone<SRC_BYTES>(src_end, address);
+      for (uint32_t i = 0; i < SRC_PACKS; ++i) raw.packs[i] = load_alone<SRC_BYTES>(src_end, group + i * PACK_BYTES);
     }
     return raw;
   }
 
   // Scales, rounds and stores the elements, and gives their values.
   template <bool WHOLE>
-  MEMBER void take(const Raw& raw, uint64_t index, Real (&x)[LANES]) const {
+  MEMBER void take(Raw raw, uint64_t index, Real (&x)[LANES]) const {
+    if constexpr (WHOLE) exchange(raw.packs);
 #pragma unroll
     for (uint32_t i = 0; i < SRC_PACKS; ++i) {
       Real part[SRC_ELEMS];
@@ -89,9 +92,10 @@ struct Unscaled {
 #pragma unroll
       for (uint32_t k = 0; k < SRC_ELEMS; ++k) x[i * SRC_ELEMS + k] = part[k] * static_cast<Real>(inv_scale);
     }
+    Pack packs[DST_PACKS] = {};
 #pragma unroll
     for (uint32_t i = 0; i < DST_PACKS; ++i) {
-      Pack pack = {};
+      Pack& pack = packs[i];
       Real part[DST_ELEMS];
 #pragma unroll
       for (uint32_t k = 0; k < DST_ELEMS; ++k) part[k] = x[i * DST_ELEMS + k];
@@ -101,14 +105,19 @@ struct Unscaled {
         if constexpr (DST_BYTES == 4) set_element<4>(pack, k, __float_as_uint(part[k]));
         if constexpr (DST_BYTES == 8) set_element<8>(pack, k, bits_of(part[k]));
       }
-      const uint64_t address = dst + index * DST_BYTES + i * PACK_BYTES;
-      if constexpr (WHOLE) store_pack(address, pack);
-      if constexpr (!WHOLE) store_within<DST_BYTES>({dst, dst_end}, address, pack);
       if constexpr (DST_BYTES == 2) {
         widen<2>(pack, dst_dtype, part);
 #pragma unroll
         for (uint32_t k = 0; k < DST_ELEMS; ++k) x[i * DST_ELEMS + k] = part[k];
       }
+    }
+    const uint64_t group = dst + index * DST_BYTES;
+    if constexpr (WHOLE) {
+      exchange(packs);
+      store_together(group, packs);
+    } else {
+#pragma unroll
+      for (uint32_t i = 0; i < DST_PACKS; ++i) store_within<DST_BYTES>({dst, dst_end}, group + i * PACK_BYTES, packs[i]);
     }
   }
 

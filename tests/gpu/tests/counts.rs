@@ -61,6 +61,7 @@ fn measure() -> Result<()> {
         let Cost { kernels, instructions, loaded_bytes, stored_bytes, transactions } = cost_since(&read(), before);
         let per_elem = |count: u64| count as f64 / len_elems as f64;
         let (least, moved) = (case.bytes_per_elem as f64, per_elem(loaded_bytes + stored_bytes));
+        let transferred = per_elem(32 * transactions);
         table += &format!(
             "| {} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.3} | {:.1} |\n",
             case.what,
@@ -68,13 +69,18 @@ fn measure() -> Result<()> {
             per_elem(loaded_bytes),
             per_elem(stored_bytes),
             moved / least,
-            per_elem(32 * transactions) / least,
+            transferred / least,
             per_elem(instructions)
         );
         assert!(!kernels.is_empty() && moved >= least, "{}: {moved} bytes an element", case.what);
         // A chunk is read again to divide it by its largest element; caches hold it.
         let passes = if kernels.iter().any(|kernel| kernel == "measure_norm_p") { 2.0 } else { 1.0 };
         assert!(moved <= least * passes + BESIDE, "{}: {moved} bytes an element, {least} would do", case.what);
+        assert!(
+            transferred <= 1.1 * least * passes,
+            "{}: transactions of {transferred} bytes an element, {least} would do",
+            case.what
+        );
     }
     std::fs::write(Path::new(&path).with_extension("md"), table)?;
     Ok(())

@@ -314,10 +314,10 @@ fn chunks_beyond_the_31st_bit_are_scaled_and_clamped_at_their_own_addresses() {
 #[test]
 fn every_byte_moves_once_in_few_instructions() {
     for (from, to, most) in [
-        (DType::F32, DType::BF16, 8.0),
-        (DType::BF16, DType::F32, 4.5),
-        (DType::F32, DType::F16, 8.0),
-        (DType::F16, DType::F32, 10.0),
+        (DType::F32, DType::BF16, 10.5),
+        (DType::BF16, DType::F32, 7.0),
+        (DType::F32, DType::F16, 10.5),
+        (DType::F16, DType::F32, 12.5),
     ] {
         let len_elems = 32768;
         let src = Tensor::from_fn(from, len_elems, |i| i as f64);

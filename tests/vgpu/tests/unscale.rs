@@ -200,7 +200,7 @@ fn every_byte_moves_once() {
         // Tables, structs and slots.
         assert!(report.loaded_bytes <= (len_elems * from.size_bytes()) as u64 + 256 * 64, "{report:?}");
         assert!(report.stored_bytes <= (len_elems * to.size_bytes()) as u64 + 256, "{report:?}");
-        assert!(per_element <= 20.0, "{per_element}");
+        assert!(per_element <= 22.0, "{per_element}");
     }
 }
 
