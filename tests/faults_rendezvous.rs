@@ -13,11 +13,16 @@ use annulus::world::{Environment, World};
 use ranks::{PATIENCE, Process, eventually, long, names_in, say, torch_rank};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal};
 
 #[test]
 fn role() {
-    ranks::play(&[("meet", meet), ("stay", stay), ("stranger", stranger)]);
+    ranks::play(&[
+        ("meet", meet),
+        ("meet_in_little_room", meet_in_little_room),
+        ("stay", stay),
+        ("stranger", stranger),
+    ]);
 }
 
 // ---- roles -------------------------------------------------------------------------------------------------------------
@@ -30,6 +35,13 @@ fn meet() {
     assert!(world.reduce_boolean(true, true, PATIENCE).unwrap());
     say("met");
     world.teardown(PATIENCE).unwrap();
+}
+
+/// As [`meet`], in a process that may open few descriptors: enough for a job of two, not for what a frame may bring.
+fn meet_in_little_room() {
+    let limit = Rlimit { current: Some(LITTLE_ROOM as u64), maximum: Some(LITTLE_ROOM as u64) };
+    rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
+    meet();
 }
 
 fn stay() {
@@ -116,6 +128,9 @@ fn hello(nonce: &str, job: &str, rank: u32, world_size: u32) -> Vec<u8> {
 fn nonce_of(greeting: &str) -> String {
     greeting.split("\"nonce\":\"").nth(1).unwrap().split('"').next().unwrap().to_owned()
 }
+
+/// Descriptors of the role that has few.
+const LITTLE_ROOM: usize = 48;
 
 // ---- a job whose rank 0 waits ------------------------------------------------------------------------------------------
 
@@ -205,6 +220,44 @@ fn p10_forged_frames_do_no_harm() {
     let answer = receive(&connection).unwrap_or_default();
     assert!(answer.contains("more descriptors") || answer.contains("2 descriptors"), "{answer}");
     job_goes_on(tmpdir.path(), rank_0, 3);
+}
+
+/// Rank 0 may open no more descriptors than strangers send it, or occupy by connecting.
+#[test]
+fn p10_strangers_that_use_up_the_descriptors_of_rank_0_end_nothing() {
+    let tmpdir = tempfile::tempdir().unwrap();
+    let (rank_0, socket) = waiting_rank_0(tmpdir.path(), "meet_in_little_room", 2);
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let fresh = || {
+        let connection = connect(&socket).unwrap();
+        let nonce = nonce_of(&receive(&connection).unwrap());
+        (connection, nonce)
+    };
+    let is_refused = |connection: &OwnedFd, reason: &str| {
+        let answer = receive(connection).unwrap_or_default();
+        assert!(answer.contains("Refused") && answer.contains(reason), "expected {reason:?}: {answer}");
+    };
+    let many = vec![null.as_fd(); 2 * LITTLE_ROOM];
+    for (reason, job) in [("2 descriptors", JOB), ("this is job", "torchrun other")] {
+        let (connection, nonce) = fresh();
+        send_with(&connection, &hello(&nonce, job, 1, 2), &many);
+        is_refused(&connection, reason);
+    }
+    let (connection, _) = fresh();
+    send_with(&connection, b"GET / HTTP/1.1\r\n\r\n", &many);
+    is_refused(&connection, "begins");
+    drop(connection);
+    // Not even the two of a hello fit any more.
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", rank_0.pid())).unwrap().count();
+    let mut silent = Vec::new();
+    while open() < LITTLE_ROOM - 1 {
+        silent.push(fresh());
+    }
+    let (connection, nonce) = silent.pop().unwrap();
+    send_with(&connection, &hello(&nonce, "torchrun other", 1, 2), &many[..2]);
+    is_refused(&connection, "this is job");
+    drop((connection, silent));
+    job_goes_on(tmpdir.path(), rank_0, 2);
 }
 
 /// Damaged hellos by the thousand against a living rank 0, many of them as long as a frame may be.

@@ -108,7 +108,7 @@ impl Star<'_, '_> {
                     return Err(self.failed(peer, format!("it sent {frame:?} with {count} descriptors, not {len}")));
                 }
                 Received::Garbage(reason) => return Err(self.failed(peer, format!("it sent {reason}"))),
-                Received::Full(error) => return Err(error),
+                Received::Full(.., error) => return Err(error),
                 Received::Closed => return Err(self.lost(peer)),
                 Received::Nothing => {
                     self.rounds.go_on(|| vec![peer])?;

@@ -106,8 +106,8 @@ pub(crate) enum Received {
     Frame(Frame, Vec<OwnedFd>),
     /// Something that is no frame; the reason.
     Garbage(String),
-    /// A frame with more descriptors than this process may open: its own error.
-    Full(Error),
+    /// A frame with more descriptors than this process may open: how many it got, and its own error.
+    Full(Frame, usize, Error),
     /// The other side has closed.
     Closed,
     /// Nothing there yet.
@@ -164,14 +164,13 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Received {
     if message.flags.contains(ReturnFlags::TRUNC) || message.bytes > FRAME_LIMIT_BYTES {
         return Received::Garbage(format!("a frame longer than {FRAME_LIMIT_BYTES} bytes"));
     }
-    if message.flags.contains(ReturnFlags::CTRUNC) {
-        // Cut short where there was room for more, so by the limit of this process.
-        return match fds.len() {
-            FRAME_LIMIT_FDS.. => Received::Garbage(format!("a frame with more descriptors than {FRAME_LIMIT_FDS}")),
-            _ => Received::Full(no_descriptor_left("receiving descriptors")),
-        };
+    let is_cut = message.flags.contains(ReturnFlags::CTRUNC);
+    if is_cut && fds.len() >= FRAME_LIMIT_FDS {
+        return Received::Garbage(format!("a frame with more descriptors than {FRAME_LIMIT_FDS}"));
     }
     match Frame::decode(&buffer[..message.bytes]) {
+        // Where there was room for more, so by the limit of this process.
+        Ok(frame) if is_cut => Received::Full(frame, fds.len(), no_descriptor_left("receiving descriptors")),
         Ok(frame) => Received::Frame(frame, fds),
         Err(reason) => Received::Garbage(reason),
     }

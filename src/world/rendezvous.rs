@@ -35,6 +35,8 @@ use crate::world::segment::Segment;
 pub(crate) const PEER_LIMIT: Duration = Duration::from_secs(2);
 /// Connections that have not said hello yet; further ones wait in the kernel's queue.
 const STRANGERS_LIMIT: usize = 64;
+/// Descriptors of a hello: the rank's arena and its pidfd.
+const HELLO_FDS: usize = 2;
 /// Pause between two looks for a rank 0 that is not there yet.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// How much longer than rank 0 the others wait, so that rank 0's verdict, with its list of names, comes first.
@@ -246,13 +248,12 @@ impl<'a> Server<'a> {
                 Received::Closed => {
                     return Err(Error::PeerLost { rank, pid: member.process.pid, operation: OPERATION.into() });
                 }
-                Received::Frame(frame, _) => {
+                Received::Frame(frame, _) | Received::Full(frame, ..) => {
                     return Err(refused(&self.party.place, format!("rank {rank} sent {frame:?} after its hello")));
                 }
                 Received::Garbage(reason) => {
                     return Err(refused(&self.party.place, format!("rank {rank} sent {reason} after its hello")));
                 }
-                Received::Full(error) => return Err(error),
             }
         }
         Ok(())
@@ -279,13 +280,21 @@ impl<'a> Server<'a> {
                     let stranger = self.strangers.swap_remove(index);
                     refuse(&stranger.socket, reason);
                 }
-                Received::Full(error) => {
-                    refuse(&self.strangers.swap_remove(index).socket, format!("rank 0 gave up: {error}"));
-                    return Err(error);
+                Received::Full(frame, received, error) => {
+                    let stranger = self.strangers.swap_remove(index);
+                    match self.identify(&frame) {
+                        // As many as there are in a hello, and more that there was no room for.
+                        Ok(_) if received >= HELLO_FDS => refuse(&stranger.socket, wrong_count(received + 1)),
+                        Ok(_) => {
+                            refuse(&stranger.socket, format!("rank 0 gave up: {error}"));
+                            return Err(error);
+                        }
+                        Err(reason) => refuse(&stranger.socket, reason),
+                    }
                 }
                 Received::Frame(frame, fds) => {
                     let stranger = self.strangers.swap_remove(index);
-                    match self.admit(frame, fds) {
+                    match self.admit(&frame, fds) {
                         Ok((rank, process, arena, pidfd)) => {
                             let member = Member { process, socket: stranger.socket, arena, pidfd };
                             self.members[rank as usize] = Some(member);
@@ -300,14 +309,22 @@ impl<'a> Server<'a> {
     }
 
     /// The rank that a hello makes a member, or why it does not.
-    fn admit(&self, frame: Frame, fds: Vec<OwnedFd>) -> std::result::Result<(u32, Process, Segment, OwnedFd), String> {
-        let Frame::Hello { nonce, job, rank, world_size, process } = frame else {
+    fn admit(&self, frame: &Frame, fds: Vec<OwnedFd>) -> std::result::Result<(u32, Process, Segment, OwnedFd), String> {
+        let (rank, process) = self.identify(frame)?;
+        let [arena, pidfd] = <[OwnedFd; HELLO_FDS]>::try_from(fds).map_err(|fds| wrong_count(fds.len()))?;
+        let arena = Segment::from_fd(arena).map_err(|error| error.to_string())?;
+        Ok((rank, process, arena, pidfd))
+    }
+
+    /// The rank that says this hello, or why it is none that is awaited.
+    fn identify(&self, frame: &Frame) -> std::result::Result<(u32, Process), String> {
+        let &Frame::Hello { ref nonce, ref job, rank, world_size, process } = frame else {
             return Err("a hello was expected".into());
         };
-        if from_hex(&nonce) != Some(self.nonce) {
+        if from_hex(nonce) != Some(self.nonce) {
             return Err(format!("the hello answers another greeting (nonce {nonce:.32})"));
         }
-        if job != self.party.job {
+        if *job != self.party.job {
             return Err(format!("the hello is for job {job:.200}; this is job {}", self.party.job));
         }
         if world_size != self.party.world_size {
@@ -319,10 +336,7 @@ impl<'a> Server<'a> {
         if let Some(member) = &self.members[rank as usize] {
             return Err(format!("rank {rank} is here already (pid {})", member.process.pid));
         }
-        let [arena, pidfd] = <[OwnedFd; 2]>::try_from(fds)
-            .map_err(|fds| format!("a hello brings 2 descriptors, this one brought {}", fds.len()))?;
-        let arena = Segment::from_fd(arena).map_err(|error| error.to_string())?;
-        Ok((rank, process, arena, pidfd))
+        Ok((rank, process))
     }
 
     /// Best effort: who does not take it is noticed by its silence.
@@ -371,7 +385,7 @@ impl<'a> Server<'a> {
                 Received::Frame(Frame::Ready, _) => {}
                 Received::Frame(Frame::Refused { reason }, _) => return Err(Error::RankFailed { rank, reason }),
                 Received::Frame(..) | Received::Garbage(_) | Received::Closed => return Err(lost()),
-                Received::Full(error) => return Err(error),
+                Received::Full(.., error) => return Err(error),
                 Received::Nothing => {
                     return Err(Error::RanksMissing {
                         rank: 0,
@@ -385,6 +399,10 @@ impl<'a> Server<'a> {
         }
         Ok(())
     }
+}
+
+fn wrong_count(received: usize) -> String {
+    format!("a hello brings {HELLO_FDS} descriptors, this one brought {received} at least")
 }
 
 fn refuse(socket: &OwnedFd, reason: String) {
@@ -459,7 +477,7 @@ fn join(party: &Party, arena: Segment, deadline: Instant) -> Result<Met> {
                     break;
                 }
                 Received::Garbage(reason) => return Err(refused(&party.place, format!("rank 0 sent {reason}"))),
-                Received::Full(error) => {
+                Received::Full(.., error) => {
                     let told = Frame::Refused { reason: error.to_string() };
                     let _ = send(socket.as_fd(), &told, &[], Instant::now() + PEER_LIMIT); // or it sees that this rank is gone
                     return Err(error);
