@@ -19,6 +19,7 @@ pub mod shared;
 pub mod site;
 pub mod tensor;
 pub mod time;
+pub mod verdict;
 
 /// What fails is told in words: everything here ends in a report that people read.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

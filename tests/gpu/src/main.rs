@@ -88,7 +88,10 @@ fn run_all(arguments: &Arguments) -> Result<bool> {
         }
         let records = part.run_apart(scale, |record| println!("   {}", annulus_gpu::report::line(record)));
         report.add(part, records);
+        // Whoever ends a run that takes too long has what was found by then.
+        report.write(&arguments.folder)?;
     }
+    report.look_again();
     report.write(&arguments.folder)?;
     println!("{}", report.verdict());
     Ok(report.is_correct())

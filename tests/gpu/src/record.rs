@@ -16,7 +16,7 @@ pub enum Record {
     Timing(Timing),
     /// The same work in PyTorch took so long.
     Peer(Peer),
-    /// A figure that has no limit to stand beside.
+    /// A figure that the copy's bandwidth does not bound.
     Figure(Figure),
     /// What was left out, and why.
     Skipped(String),
@@ -55,14 +55,45 @@ pub struct Timing {
 }
 
 /// What a timing should reach.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Goal {
     /// Least share of the copy's bandwidth.
     pub share: Option<f64>,
-    /// Least times as fast as the peer.
-    pub times_peer: Option<f64>,
-    /// Longest on an H100.
-    pub h100_us: Option<f64>,
+    /// Other work of the same run.
+    pub beside: Vec<Beside>,
+    /// On one card.
+    pub h100: Option<OnH100>,
+}
+
+/// The longest that something may take beside other work of the same run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Beside {
+    /// Who does the other work.
+    pub who: Who,
+    /// Its name.
+    pub what: String,
+    /// Most of its time.
+    pub times: f64,
+}
+
+/// Whose work a duration is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Who {
+    /// A [`Timing`].
+    Annulus,
+    /// A [`Peer`].
+    #[serde(rename = "pytorch")]
+    PyTorch,
+}
+
+/// The longest that something may take on an H100 which does all of it.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct OnH100 {
+    /// The longest.
+    pub us: f64,
+    /// Bytes of all of it.
+    pub bytes: u64,
 }
 
 /// PyTorch's duration.
@@ -87,6 +118,8 @@ pub struct Figure {
     pub value: f64,
     /// Its unit.
     pub unit: String,
+    /// What is wanted.
+    pub at_most: Option<f64>,
 }
 
 /// Says a finding to the process that started this one.
@@ -97,7 +130,12 @@ pub fn say(record: &Record) {
 
 /// Says a number.
 pub fn figure(what: impl Into<String>, value: f64, unit: &str) {
-    say(&Record::Figure(Figure { what: what.into(), value, unit: unit.to_owned() }));
+    say(&Record::Figure(Figure { what: what.into(), value, unit: unit.to_owned(), at_most: None }));
+}
+
+/// Says a number that should not be larger than `most`.
+pub fn figure_at_most(what: impl Into<String>, value: f64, unit: &str, most: f64) {
+    say(&Record::Figure(Figure { what: what.into(), value, unit: unit.to_owned(), at_most: Some(most) }));
 }
 
 /// Counts the cases of a check, and ends it in time.

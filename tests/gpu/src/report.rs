@@ -9,12 +9,15 @@ use crate::Result;
 use crate::card::Card;
 use crate::part::Part;
 use crate::record::{Check, Figure, Peer, Record, Timing};
+use crate::verdict::{self, Outcome, Verdict};
 
 /// What was found on a card.
 #[derive(Debug, Serialize)]
 pub struct Report {
     card: Card,
     parts: Vec<Findings>,
+    /// Every goal of what was timed, and what became of it.
+    goals: Vec<Verdict>,
     /// The card when all was done: clocks that fell in between explain slow rows.
     card_afterwards: Option<Card>,
 }
@@ -28,7 +31,7 @@ struct Findings {
 impl Report {
     /// Nothing yet.
     pub fn new(card: Card) -> Report {
-        Report { card, parts: Vec::new(), card_afterwards: None }
+        Report { card, parts: Vec::new(), goals: Vec::new(), card_afterwards: None }
     }
 
     /// On what.
@@ -36,12 +39,22 @@ impl Report {
         &self.card
     }
 
-    /// Adds what a part said.
+    /// Adds what a part said. What one part found may decide about what another did.
     pub fn add(&mut self, part: Part, records: Vec<Record>) {
         self.parts.push(Findings { part: part.name(), records });
+        self.goals = self.records().flat_map(|record| self.verdicts_on(record)).collect();
     }
 
-    fn records(&self) -> impl Iterator<Item = &Record> {
+    fn verdicts_on(&self, record: &Record) -> Vec<Verdict> {
+        verdict::of(record, self.records(), &self.card)
+    }
+
+    /// Notes what has become of the card.
+    pub fn look_again(&mut self) {
+        self.card_afterwards = Card::look().ok();
+    }
+
+    fn records(&self) -> impl Iterator<Item = &Record> + Clone {
         self.parts.iter().flat_map(|part| &part.records)
     }
 
@@ -59,15 +72,20 @@ impl Report {
                 if check.failure.is_some() { wrong += 1 } else { right += 1 }
             }
         }
-        format!("{right} checks passed ({cases} cases), {wrong} failed")
+        let count = |wanted: fn(&Outcome) -> bool| self.goals.iter().filter(|goal| wanted(&goal.outcome)).count();
+        let reached = count(|outcome| *outcome == Outcome::Reached);
+        let missed = count(|outcome| *outcome == Outcome::Missed);
+        let open = self.goals.len() - reached - missed;
+        format!(
+            "{right} checks passed ({cases} cases), {wrong} failed; {reached} goals of time reached, {missed} missed, {open} open"
+        )
     }
 
     /// Writes `annulus-gpu.json` and `annulus-gpu.md`.
     ///
     /// # Errors
     /// The folder cannot be written.
-    pub fn write(&mut self, folder: &Path) -> Result<()> {
-        self.card_afterwards = Card::look().ok();
+    pub fn write(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder)?;
         std::fs::write(folder.join("annulus-gpu.json"), serde_json::to_string_pretty(&self)?)?;
         std::fs::write(folder.join("annulus-gpu.md"), self.markdown()?)?;
@@ -91,7 +109,10 @@ impl Report {
     }
 
     fn timings(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "Limit: the time in which this card copied as many bytes, in the same run.\n")?;
+        writeln!(
+            text,
+            "Limit: the time in which this card copied as many bytes, in the same run. Verdicts are by medians.\n"
+        )?;
         writeln!(
             text,
             "| what | MB | us | fastest to slowest | GB/s | limit us | of copy | PyTorch us | PyTorch / annulus | verdict |"
@@ -104,7 +125,7 @@ impl Report {
             let peer_us = peer.map_or("-".to_owned(), |peer| format!("{:.1}", peer.us));
             let times = peer.map_or("-".to_owned(), |peer| format!("{:.2}", peer.us / us));
             let (mb, gb_s) = (*bytes as f64 / 1e6, *bytes as f64 / us / 1e3);
-            let verdict = self.verdict_of(timing, peer);
+            let verdict = told(&self.verdicts_on(record));
             writeln!(
                 text,
                 "| {what} | {mb:.1} | {us:.1} | {least:.1} to {most:.1} | {gb_s:.0} | {limit_us:.1} | {:.2} | {peer_us} | \
@@ -122,23 +143,11 @@ impl Report {
         })
     }
 
-    fn verdict_of(&self, timing: &Timing, peer: Option<&Peer>) -> String {
-        let goal = &timing.goal;
-        let share = goal.share.map(|least| (timing.limit_us / timing.us >= least, format!("{least} of copy")));
-        let times = goal.times_peer.zip(peer);
-        let times = times.map(|(least, peer)| (peer.us / timing.us >= least, format!("{least} x PyTorch")));
-        let h100 = goal.h100_us.filter(|_| self.card.is_h100());
-        let h100 = h100.map(|most| (timing.us <= most, format!("{most} us on an H100")));
-        let goals = [share, times, h100].into_iter().flatten();
-        let told = goals.map(|(is_reached, goal)| format!("{} {goal}", if is_reached { "reached" } else { "MISSED" }));
-        told.collect::<Vec<_>>().join("; ")
-    }
-
     fn figures(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "\n| figure | value | unit |\n|---|---:|---|")?;
+        writeln!(text, "\n| figure | value | unit | verdict |\n|---|---:|---|---|")?;
         for record in self.records() {
-            if let Record::Figure(Figure { what, value, unit }) = record {
-                writeln!(text, "| {what} | {value:.2} | {unit} |")?;
+            if let Record::Figure(Figure { what, value, unit, .. }) = record {
+                writeln!(text, "| {what} | {value:.2} | {unit} | {} |", told(&self.verdicts_on(record)))?;
             }
         }
         Ok(())
@@ -162,6 +171,10 @@ impl Report {
     }
 }
 
+fn told(verdicts: &[Verdict]) -> String {
+    verdicts.iter().map(Verdict::to_string).collect::<Vec<_>>().join("; ")
+}
+
 fn outcome(check: &Check) -> String {
     match (&check.failure, check.is_cut_short) {
         (Some(failure), _) => format!("FAILED: {failure}"),
@@ -181,7 +194,69 @@ pub fn line(record: &Record) -> String {
             format!("{what}: {us:.1} us, {gb_s:.0} GB/s, {:.2} of copy", limit_us / us)
         }
         Record::Peer(Peer { what, how, us, .. }) => format!("{what}: {us:.1} us by {how}"),
-        Record::Figure(Figure { what, value, unit }) => format!("{what}: {value:.2} {unit}"),
+        Record::Figure(Figure { what, value, unit, .. }) => format!("{what}: {value:.2} {unit}"),
         Record::Skipped(reason) => format!("left out: {reason}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Beside, Goal, Who};
+
+    fn card() -> Card {
+        serde_json::from_value(serde_json::json!({
+            "name": "a card", "devices": 1, "compute_capability": [9, 0], "memory_bytes": 1, "cuda": "12.2",
+            "nvidia_smi": null, "date": "today"
+        }))
+        .unwrap()
+    }
+
+    fn timing(what: &str, us: f64, beside: Beside) -> Record {
+        let goal = Goal { share: Some(0.9), beside: vec![beside], h100: None };
+        let what = what.to_owned();
+        Record::Timing(Timing { what, bytes: 1_000_000, us, range_us: [us, us], limit_us: 90.0, goal })
+    }
+
+    /// The row of a table that begins with `first`.
+    fn row<'t>(text: &'t str, first: &str) -> &'t str {
+        text.lines().find(|line| line.starts_with(&format!("| {first} |"))).unwrap()
+    }
+
+    #[test]
+    fn every_goal_has_a_verdict_in_table_and_json() {
+        let mut report = Report::new(card());
+        let by_pytorch = Beside { who: Who::PyTorch, what: "cast".to_owned(), times: 1.0 };
+        let by_l2 = Beside { who: Who::Annulus, what: "L2".to_owned(), times: 1.1 };
+        report.add(Part::Operations, vec![timing("cast", 100.0, by_pytorch), timing("L1", 200.0, by_l2)]);
+        let cost = Figure { what: "host".to_owned(), value: 31.0, unit: "us".to_owned(), at_most: Some(30.0) };
+        report.add(Part::HostCost, vec![Record::Figure(cost)]);
+        let text = report.markdown().unwrap();
+        assert!(row(&text, "cast").ends_with(
+            "| reached 0.9 of the copy's bandwidth; open: 1 x the time of PyTorch's (that was not timed) |"
+        ));
+        // What PyTorch took is known later.
+        let peer = Peer { what: "cast".to_owned(), how: "calls".to_owned(), us: 99.0, range_us: [99.0, 99.0] };
+        report.add(Part::PyTorch, vec![Record::Peer(peer)]);
+        let text = report.markdown().unwrap();
+        assert!(
+            row(&text, "cast")
+                .ends_with("| 99.0 | 0.99 | reached 0.9 of the copy's bandwidth; MISSED 1 x the time of PyTorch's |")
+        );
+        assert!(
+            row(&text, "L1")
+                .ends_with("MISSED 0.9 of the copy's bandwidth; open: 1.1 x the time of L2 (that was not timed) |")
+        );
+        assert_eq!(row(&text, "host"), "| host | 31.00 | us | MISSED at most 30 us |");
+        assert!(report.verdict().ends_with("1 goals of time reached, 3 missed, 1 open"), "{}", report.verdict());
+        assert!(report.is_correct(), "slow is not wrong");
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(
+            json["goals"][1],
+            serde_json::json!({
+                "what": "cast", "goal": "1 x the time of PyTorch's", "outcome": "missed"
+            })
+        );
+        assert_eq!(json["goals"][3]["outcome"], serde_json::json!({"open": "that was not timed"}));
     }
 }

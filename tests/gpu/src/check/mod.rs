@@ -28,12 +28,12 @@ fn shifts(scale: Scale, dtype: DType) -> impl Iterator<Item = usize> {
     (0..most).filter(move |shift| scale != Scale::Short || *shift == 1)
 }
 
-/// What each comparison may take.
+/// What each comparison may take: all of a part together less than [`Part::limit`](crate::part::Part::limit).
 fn limit(scale: Scale) -> Duration {
     Duration::from_secs(match scale {
-        Scale::Short => 6,
+        Scale::Short => 5,
         Scale::Quick => 3,
-        Scale::Full => 12,
+        Scale::Full => 6,
     })
 }
 

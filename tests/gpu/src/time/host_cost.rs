@@ -1,57 +1,103 @@
-//! What it costs the processor to enqueue a step.
+//! What it costs the processor to enqueue a step, its all-reduces among it.
+//!
+//! In a world of one: `Communicator` launches the kernel that it launches where every rank has a device of its own, with the
+//! same arguments, and the kernel finds that there are no peers. Ranks that share the card would launch one grid together and
+//! wait for each other on the host first, which ranks with devices of their own do not.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use annulus::device::cuda::{Stream, View};
-use annulus::ops::cuda::{
-    Contribution, Contributions, GradientNorm, LossScale, Measure, OptimizerStep, Rule, Skip, StepTensor, StepWeights,
-    Ticket,
-};
-use annulus::ops::{AdamWOptions, GradScaler};
-use annulus::{DType, NormType};
+use annulus::NormType;
+use annulus::device::cuda::View;
+use annulus::ops::cuda::{GradientNorm, Measure, Skip};
+use annulus::world::{Environment, World, WorldOptions};
 
 use super::Spread;
-use super::model::{gpt2, tensors};
+use super::model::{gpt2, like_gpt2, tensors};
+use super::step::Step;
+use super::trainer::Trainer;
 use crate::Result;
 use crate::part::Scale;
-use crate::record::figure;
+use crate::record::{check, figure, figure_at_most};
 use crate::site::{PATIENCE, Site};
 
-const BUCKETS: usize = 5;
-/// Steps between waits: fewer than a stream takes before a launch blocks.
-const BURST: usize = 16;
+/// Of a step's gradients.
+pub const BUCKETS: usize = 5;
+/// What a step may cost without a graph.
+const GOAL_US: f64 = 30.0;
+/// What is enqueued between waits: less than a stream takes before a launch blocks, about a thousand.
+const PENDING: usize = 600;
 
-/// A step of GPT-2's 148 tensors in 5 buckets: gradients staged and measured bucket by bucket, clipped AdamW, loss scale.
+/// How much is timed.
+#[derive(Clone, Copy)]
+struct Extent {
+    /// Bursts of calls, each behind a wait.
+    bursts: usize,
+    /// What a burst enqueues, or one call if that is more.
+    pending: usize,
+}
+
+/// A step of GPT-2's 148 tensors in 5 buckets: as `Ddp` makes it, as a graph, and by operations.
 ///
 /// # Errors
-/// What the driver says.
+/// What keeps the device from being used.
 pub fn host_cost(scale: Scale) -> Result<()> {
     let site = Site::open()?;
-    let bursts = if scale == Scale::Full { 200 } else { 20 };
-    let mut step = Step::new(&site)?;
-    let launches = 2 * BUCKETS + 2;
-    let spread = per_step(&site, bursts, || Ok(step.enqueue(&site.stream).map(drop)?))?;
-    let what = format!("host time of a step of {launches} launches, 148 tensors, {BUCKETS} buckets");
-    figure(&what, spread.median, "us");
-    let mut ticket = None;
-    let mut graph = site.stream.capture(|| {
-        ticket = step.enqueue(&site.stream)?;
-        Ok(())
-    })?;
-    if let Some(ticket) = ticket {
-        step.norm.captured(ticket);
+    let (lens, extent) = match scale {
+        Scale::Short => (like_gpt2(4, 100, 8), Extent { bursts: 1, pending: 1 }),
+        Scale::Quick => (gpt2(), Extent { bursts: 20, pending: PENDING }),
+        Scale::Full => (gpt2(), Extent { bursts: 200, pending: PENDING }),
+    };
+    let what = format!("{} tensors in {BUCKETS} buckets", lens.len());
+    for (name, cost) in [("by operations", by_operations as fn(_, _, _, _) -> _), ("by Ddp", by_ddp)] {
+        if let Err(error) = cost(&site, &lens, extent, &what) {
+            check(format!("host time of a step {name}"), Duration::ZERO, |_| Err(error));
+        }
     }
-    let spread = per_step(&site, bursts, || {
-        graph.launch(&site.stream)?;
-        step.norm.replayed();
-        Ok(())
-    })?;
-    figure(what + ", replayed as a graph", spread.median, "us");
+    latency(&site, extent)
+}
 
+/// A world of one rank.
+///
+/// # Errors
+/// Those of [`World::join`].
+pub fn alone() -> Result<World> {
+    Ok(World::join(Environment::single(), WorldOptions { timeout: PATIENCE, ..WorldOptions::default() })?)
+}
+
+/// How a step measures its norm.
+pub fn clipped(grad_scale: Option<&View>) -> Measure<'_> {
+    Measure { norm_type: NormType::L2, max_norm: 1.0, grad_scale, skip: Skip::Nonfinite }
+}
+
+fn by_operations(site: &Site, lens: &[usize], extent: Extent, what: &str) -> Result<()> {
+    let mut step = Step::new(site, alone()?, lens)?;
+    let spread = per_call(extent, Step::ENQUEUED, &mut step, Step::enqueue, Step::settle)?;
+    let what = format!("host time of a step by operations, {what}: {} launches", Step::LAUNCHES);
+    figure_at_most(what, spread.median, "us", GOAL_US);
+    let spread = per_call(extent, 1, &mut step, Step::all_reduce, Step::settle)?;
+    figure("host time of one all_reduce of them", spread.median, "us");
+    Ok(())
+}
+
+fn by_ddp(site: &Site, lens: &[usize], extent: Extent, what: &str) -> Result<()> {
+    let mut trainer = Trainer::new(site, lens)?;
+    // A launch for every tensor, and a few for the step.
+    let spread = per_call(extent, lens.len() + 50, &mut trainer, Trainer::step, Trainer::settle)?;
+    let what = format!("host time of a step by Ddp, {what}, each gradient handed over alone");
+    figure_at_most(&what, spread.median, "us", GOAL_US);
+    trainer.capture()?;
+    let spread = per_call(extent, 10, &mut trainer, Trainer::replay, Trainer::settle)?;
+    figure(what + ", replayed as a graph", spread.median, "us");
+    trainer.leave()
+}
+
+/// How soon the host knows a small norm.
+fn latency(site: &Site, extent: Extent) -> Result<()> {
+    let mut norm = GradientNorm::new(&site.kernels, &tensors(site, annulus::DType::F32, &[768])?)?;
     let mut latencies = Vec::new();
-    for _ in 0..bursts * BURST {
+    for _ in 0..extent.bursts {
         let start = Instant::now();
-        step.small_norm.measure(&site.stream, &measure(None))?.wait(PATIENCE)?;
+        norm.measure(&site.stream, &clipped(None))?.wait(PATIENCE)?;
         latencies.push(start.elapsed().as_secs_f64() * 1e6);
     }
     let what = "from the launch of a norm of one bias to its number on the host";
@@ -59,82 +105,25 @@ pub fn host_cost(scale: Scale) -> Result<()> {
     Ok(())
 }
 
-/// Median over bursts of the host's time for one of their steps.
-fn per_step(site: &Site, bursts: usize, mut enqueue: impl FnMut() -> Result<()>) -> Result<Spread> {
+/// The host's time for one call, which enqueues about so much, as the median over bursts. Nothing waits but the end of a burst.
+fn per_call<S>(
+    Extent { bursts, pending }: Extent,
+    enqueued: usize,
+    on: &mut S,
+    call: fn(&mut S) -> Result<()>,
+    settle: fn(&mut S) -> Result<()>,
+) -> Result<Spread> {
+    call(on)?; // what is made at the first use
+    settle(on)?;
+    let calls = (pending / enqueued).max(1);
     let mut rounds_us = Vec::with_capacity(bursts);
     for _ in 0..bursts {
         let start = Instant::now();
-        for _ in 0..BURST {
-            enqueue()?;
+        for _ in 0..calls {
+            call(on)?;
         }
-        rounds_us.push(start.elapsed().as_secs_f64() * 1e6 / BURST as f64);
-        site.synchronize()?;
+        rounds_us.push(start.elapsed().as_secs_f64() * 1e6 / calls as f64);
+        settle(on)?;
     }
     Ok(Spread::of(rounds_us))
-}
-
-/// A step over gradients that lie elsewhere than the buckets.
-struct Step {
-    contributions: Vec<Contributions>,
-    /// Tensors of each bucket, the last parameters first, as a backward pass finishes them.
-    buckets: Vec<std::ops::Range<usize>>,
-    norm: GradientNorm,
-    small_norm: GradientNorm,
-    optimizer: OptimizerStep,
-    loss_scale: LossScale,
-}
-
-impl Step {
-    fn new(site: &Site) -> Result<Step> {
-        let lens = gpt2();
-        let [gradients, staged, masters, first, second] =
-            [DType::BF16, DType::F32, DType::F32, DType::F32, DType::F32].map(|dtype| tensors(site, dtype, &lens));
-        let (gradients, staged, masters, first, second) = (gradients?, staged?, masters?, first?, second?);
-        let step_tensor = |i: usize| StepTensor {
-            gradient: staged[i].clone(),
-            weights: StepWeights::Master { master: masters[i].clone(), model: None },
-            states: vec![first[i].clone(), second[i].clone()],
-            decays: true,
-            first_index: 0,
-        };
-        let step_tensors: Vec<StepTensor> = (0..lens.len()).map(step_tensor).collect();
-        let rule = Rule::AdamW(AdamWOptions::default());
-        let size = lens.len().div_ceil(BUCKETS);
-        let buckets: Vec<_> =
-            (0..lens.len()).step_by(size).map(|first| first..(first + size).min(lens.len())).rev().collect();
-        let contributions = buckets.iter().map(|bucket| {
-            let pairs: Vec<_> = bucket.clone().map(|i| (gradients[i].clone(), staged[i].clone())).collect();
-            Ok(Contributions::new(&site.kernels, &pairs)?)
-        });
-        Ok(Step {
-            contributions: contributions.collect::<Result<_>>()?,
-            buckets,
-            norm: GradientNorm::new(&site.kernels, &staged)?,
-            small_norm: GradientNorm::new(&site.kernels, &staged[lens.len() - 1..])?,
-            optimizer: OptimizerStep::new(&site.kernels, rule, &step_tensors, None)?,
-            loss_scale: LossScale::new(&site.kernels, &GradScaler::default())?,
-        })
-    }
-
-    /// The whole step; the ticket of its norm.
-    fn enqueue(&mut self, stream: &Stream) -> annulus::Result<Option<Ticket>> {
-        let scale = self.loss_scale.scale().clone();
-        let how = measure(Some(&scale));
-        let mut ticket = None;
-        for (bucket, contributions) in self.buckets.iter().zip(&self.contributions) {
-            contributions.launch(stream, Contribution::Replace, 1.0)?;
-            if bucket.start == 0 {
-                ticket = Some(self.norm.measure_last(stream, &how, bucket.clone())?);
-            } else {
-                self.norm.measure_part(stream, &how, bucket.clone())?;
-            }
-        }
-        self.optimizer.step(stream, Some(self.norm.signal()))?;
-        self.loss_scale.update(stream, self.norm.signal())?;
-        Ok(ticket)
-    }
-}
-
-fn measure(grad_scale: Option<&View>) -> Measure<'_> {
-    Measure { norm_type: NormType::L2, max_norm: 1.0, grad_scale, skip: Skip::Nonfinite }
 }

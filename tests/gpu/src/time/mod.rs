@@ -3,10 +3,14 @@
 pub mod cases;
 mod host_cost;
 pub mod model;
+mod step;
 mod stopwatch;
+mod trainer;
 
-pub use host_cost::host_cost;
+pub use host_cost::{BUCKETS, alone, host_cost};
+pub use step::Step;
 pub use stopwatch::{Spread, Stopwatch};
+pub use trainer::Trainer;
 
 use crate::Result;
 use crate::part::Scale;

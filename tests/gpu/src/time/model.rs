@@ -31,12 +31,16 @@ fn qwen2(layers: usize) -> Vec<usize> {
 
 /// Lengths of the 148 tensors of GPT-2 (124,439,808 elements; Radford et al. 2019).
 pub fn gpt2() -> Vec<usize> {
-    const WIDTH: usize = 768;
-    let norm = [WIDTH, WIDTH];
-    let attention = [3 * WIDTH * WIDTH, 3 * WIDTH, WIDTH * WIDTH, WIDTH];
-    let hidden = [4 * WIDTH * WIDTH, 4 * WIDTH, 4 * WIDTH * WIDTH, WIDTH];
+    like_gpt2(768, 50_257, 1024)
+}
+
+/// As many tensors of the same kinds, so many elements wide.
+pub fn like_gpt2(width: usize, tokens: usize, positions: usize) -> Vec<usize> {
+    let norm = [width, width];
+    let attention = [3 * width * width, 3 * width, width * width, width];
+    let hidden = [4 * width * width, 4 * width, 4 * width * width, width];
     let layer = norm.into_iter().chain(attention).chain(norm).chain(hidden);
-    let mut lens = vec![50_257 * WIDTH, 1024 * WIDTH];
+    let mut lens = vec![tokens * width, positions * width];
     (0..12).for_each(|_| lens.extend(layer.clone()));
     lens.extend(norm);
     lens
@@ -60,6 +64,14 @@ pub fn that_fits(device: &Device, scale: Scale) -> Result<Vec<usize>> {
 /// # Errors
 /// What the driver says.
 pub fn tensors(site: &Site, dtype: DType, lens: &[usize]) -> Result<Vec<View>> {
+    Ok(in_one(site, dtype, lens)?.1)
+}
+
+/// As [`tensors`], behind what they all lie in.
+///
+/// # Errors
+/// What the driver says.
+pub fn in_one(site: &Site, dtype: DType, lens: &[usize]) -> Result<(View, Vec<View>)> {
     const BLOCK_ELEMS: usize = 1 << 22;
     let whole: usize = lens.iter().map(|len_elems| len_elems.next_multiple_of(128)).sum();
     let buffer = Buffer::zeroed(&site.device, dtype, whole)?;
@@ -78,7 +90,8 @@ pub fn tensors(site: &Site, dtype: DType, lens: &[usize]) -> Result<Vec<View>> {
         at += len_elems.next_multiple_of(128);
         Ok(slice?)
     });
-    slices.collect()
+    let slices = slices.collect::<Result<_>>()?;
+    Ok((view, slices))
 }
 
 fn write<T: Element>(site: &Site, view: &View, block: &Tensor) -> Result<()> {
