@@ -10,6 +10,8 @@
 // ranks of a pair run this at the same time; a pair that fails ends at the deadline.
 //
 // Cost: 4 * len_words bytes written over the link and read once, each way. One block.
+// Source: vLLM's `can_actually_p2p` (distributed/device_communicators/custom_all_reduce_utils.py) fills 1 KiB of a peer over
+// CUDA IPC, and both sides compare. Here kernels write, every word has its own value, and data and flag must come in order.
 #include "signal.cuh"
 
 // src/abi/probe.rs
