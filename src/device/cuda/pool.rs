@@ -1,7 +1,7 @@
 //! Memory for what comes and goes with every step, such as batches: to free it is to wait for the device, and new memory is
 //! zeroed first.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffer::{Buffer, Memory};
 use super::context::Device;
@@ -20,6 +20,8 @@ const LEAST_BYTES: usize = 256;
 pub struct Pool {
     device: Device,
     blocks: Mutex<Blocks>,
+    /// Who makes room for a block: one at a time, or each would miss what another frees.
+    makes_room: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -39,7 +41,7 @@ struct Block {
 impl Pool {
     /// A pool without memory.
     pub fn new(device: &Device) -> Pool {
-        Pool { device: device.clone(), blocks: Mutex::default() }
+        Pool { device: device.clone(), blocks: Mutex::default(), makes_room: Mutex::default() }
     }
 
     /// A buffer of anything, to be written in the order of `writer`: behind what `user` was given by the time that the memory
@@ -49,7 +51,8 @@ impl Pool {
     /// [`Error::SizeOverflow`]; [`Error::NoSpace`]; what the driver says.
     ///
     /// # Synchronization
-    /// Waits for nothing, unless memory has to be allocated, or freed before that. Who uses a buffer on other streams than
+    /// Waits for nothing, unless memory has to be allocated, or freed before that; calls for blocks that there are do not wait
+    /// for one that does. Who uses a buffer on other streams than
     /// `user` keeps it, or has `user` wait for them, before it is dropped.
     pub fn take(&self, dtype: DType, len_elems: usize, user: &Stream, writer: &Stream) -> Result<Buffer> {
         let need_bytes = dtype.bytes_of(len_elems)?.max(LEAST_BYTES);
@@ -57,7 +60,7 @@ impl Pool {
             what: "a block of a pool",
             detail: format!("{need_bytes} bytes, rounded up to a power of two"),
         })?;
-        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blocks = self.lock();
         blocks.retire(user)?;
         let block = match blocks.choose(len_bytes) {
             Some(at) => {
@@ -65,7 +68,12 @@ impl Pool {
                 writer.wait(&block.used)?;
                 block
             }
-            None => self.allocate(len_bytes, &mut blocks.spare)?,
+            None => {
+                drop(blocks);
+                let block = self.allocate(len_bytes)?;
+                blocks = self.lock();
+                block
+            }
         };
         let buffer = Buffer::over(Arc::clone(&block.memory), dtype, len_elems);
         blocks.held.push(block);
@@ -73,16 +81,22 @@ impl Pool {
     }
 
     /// A new block, in place of all spare ones if there is no room beside them.
-    fn allocate(&self, len_bytes: usize, spare: &mut Vec<Block>) -> Result<Block> {
+    fn allocate(&self, len_bytes: usize) -> Result<Block> {
         let allocate = || Buffer::zeroed(&self.device, DType::U8, len_bytes);
         let memory = match allocate() {
-            Err(Error::NoSpace { .. }) if !spare.is_empty() => {
-                spare.clear();
+            Err(Error::NoSpace { .. }) => {
+                let _alone = self.makes_room.lock().unwrap_or_else(PoisonError::into_inner);
+                let spare = std::mem::take(&mut self.lock().spare);
+                drop(spare); // without the lock: it waits for the device
                 allocate()
             }
             other => other,
         };
         Ok(Block { memory: memory?.into_memory(), len_bytes, used: Event::new(&self.device)? })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Blocks> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
