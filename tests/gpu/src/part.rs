@@ -6,6 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::record::{Check, Record};
 use crate::{Result, check, pytorch, sanitizer, shared, time};
@@ -191,12 +192,19 @@ pub fn follow(
     }
 }
 
-/// A process that does not outlive its use.
+/// A process that does not outlive its use; nor does what it has started, if it leads a group of its own.
 struct Ended(Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // Both fail only for a process that has ended and been waited for.
+        if !matches!(self.0.try_wait(), Ok(None)) {
+            return; // its number may be another's by now
+        }
+        if let Some(group) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
+            // Fails where there is no such group.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        // Both fail only for a process that has ended meanwhile.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

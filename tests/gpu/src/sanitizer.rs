@@ -1,5 +1,10 @@
-//! The kernels under NVIDIA's own checker, where this machine has it.
+//! The kernels under NVIDIA's own checker, where this machine has it; it also comes as a package:
+//!
+//! ```text
+//! pip install --target X nvidia-cuda-sanitizer-api    then    CUDA_HOME=X/nvidia/cu13 ./run.sh
+//! ```
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -8,9 +13,35 @@ use crate::Result;
 use crate::part::{Part, Scale, follow};
 use crate::record::{Record, check, say};
 
-const TOOLS: [&str; 3] = ["memcheck", "racecheck", "initcheck"];
-const PARTS: [Part; 3] = [Part::Norms, Part::Casts, Part::Optimizers];
+/// What is run, the most telling first: what time cuts off is the end. Each kernel is in one of these parts.
+pub const RUNS: [(&str, Part); 13] = [
+    ("memcheck", Part::Threads),
+    ("memcheck", Part::Norms),
+    ("memcheck", Part::Optimizers),
+    ("memcheck", Part::Casts),
+    ("racecheck", Part::Threads),
+    ("racecheck", Part::Norms),
+    ("racecheck", Part::Optimizers),
+    ("synccheck", Part::Threads),
+    ("synccheck", Part::Norms),
+    ("synccheck", Part::Optimizers),
+    ("initcheck", Part::Norms),
+    ("initcheck", Part::Casts),
+    ("initcheck", Part::Optimizers),
+];
+
+/// What is not, and why.
+const LEFT_OUT: [&str; 4] = [
+    "racecheck and synccheck over casts: their kernels have no shared memory and no barriers of their own",
+    "initcheck over threads: the memory between ranks is zeroed when it is made, so that nothing could be found",
+    "processes under any tool: their kernels are those of threads, and two checked processes take turns too slowly",
+    "tensors of more than 2^31 elements under any tool: too slow",
+];
+
+/// Of all.
 const LIMIT: Duration = Duration::from_secs(140);
+/// Of one, so that one that hangs leaves time for the others.
+const RUN_LIMIT: Duration = Duration::from_secs(40);
 
 /// Runs the short form of the comparisons under each tool. A finding, or a comparison that fails, is a failure.
 ///
@@ -21,38 +52,46 @@ pub fn run() -> Result<()> {
         say(&Record::Skipped("compute-sanitizer is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin".to_owned()));
         return Ok(());
     };
+    LEFT_OUT.iter().for_each(|what| say(&Record::Skipped((*what).to_owned())));
     let deadline = Instant::now() + LIMIT;
-    for (tool, part) in TOOLS.iter().flat_map(|tool| PARTS.map(|part| (tool, part))) {
+    for (tool, part) in RUNS {
         let what = format!("{tool} over {}", part.name());
-        let outcome = under(&sanitizer, tool, part, deadline);
-        if Instant::now() >= deadline {
-            say(&Record::Skipped(format!("{what}: there was no time")));
-            continue;
+        match under(&sanitizer, tool, part, deadline.min(Instant::now() + RUN_LIMIT)) {
+            Ok(false) => say(&Record::Skipped(format!("{what}: there was no time to end it; nothing was found"))),
+            outcome => check(what, RUN_LIMIT, |tally| {
+                outcome?;
+                tally.agreed();
+                Ok(())
+            }),
         }
-        check(what, LIMIT, |tally| {
-            outcome?;
-            tally.agreed();
-            Ok(())
-        });
     }
     Ok(())
 }
 
-/// The short form of `part` under `tool`.
-fn under(sanitizer: &Path, tool: &str, part: Part, deadline: Instant) -> Result<()> {
+/// Runs the short form of `part` under `tool`, and says whether it came to its end by the deadline.
+fn under(sanitizer: &Path, tool: &str, part: Part, deadline: Instant) -> Result<bool> {
+    if Instant::now() >= deadline {
+        return Ok(false);
+    }
     let mut command = Command::new(sanitizer);
-    command.args(["--tool", tool, "--error-exitcode", "9"]).arg(std::env::current_exe()?);
-    command.args(["part", &part.name(), "--scale", &Scale::Short.name()]);
+    // Calls that fail are errors of the library, or its way to ask what a device can do.
+    command.args(["--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]);
+    command.arg(std::env::current_exe()?).args(["part", &part.name(), "--scale", &Scale::Short.name()]);
+    command.process_group(0); // the checked process is a child of the checker's
     let (mut failures, mut told) = (Vec::new(), Vec::new());
-    let status = follow(&mut command, deadline, |line| match serde_json::from_str(line) {
+    let ended = follow(&mut command, deadline, |line| match serde_json::from_str(line) {
         Ok(Record::Check(check)) => failures.extend(check.failure),
         Ok(_) => {}
         Err(_) => told.push(line.to_owned()),
-    })?;
-    if status.success() && failures.is_empty() {
-        return Ok(());
-    }
-    let told: Vec<String> = told.into_iter().filter(|line| line.contains("=====")).take(12).collect();
+    });
+    told.retain(|line| line.contains("=====") && !line.contains("COMPUTE-SANITIZER"));
+    let status = match ended {
+        Ok(status) if status.success() && failures.is_empty() => return Ok(true),
+        Ok(status) => status.to_string(),
+        Err(_) if Instant::now() >= deadline && failures.is_empty() && told.is_empty() => return Ok(false),
+        Err(error) => error.to_string(),
+    };
+    told.truncate(12);
     Err(format!("{status}: {} {}", failures.join("; "), told.join(" ")).into())
 }
 
@@ -61,4 +100,62 @@ fn find() -> Option<PathBuf> {
     let home = std::env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
     let folders = std::env::split_paths(&path).chain(home).chain([PathBuf::from("/usr/local/cuda/bin")]);
     folders.map(|folder| folder.join("compute-sanitizer")).find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// What comes of a sanitizer that does what `script` says.
+    fn outcome(script: &str, limit: Duration) -> std::result::Result<bool, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("compute-sanitizer");
+        std::fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        under(&file, "memcheck", Part::Norms, Instant::now() + limit).map_err(|error| error.to_string())
+    }
+
+    const BANNER: &str = "echo '========= COMPUTE-SANITIZER'";
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn said(failure: &str) -> String {
+        format!(
+            r#"{BANNER}; echo '{{"check":{{"what":"w","cases":1,"failure":{failure},"is_cut_short":false,"seconds":1}}}}'"#
+        )
+    }
+
+    #[test]
+    fn what_ends_well_is_well_and_any_finding_is_a_failure() {
+        assert_eq!(outcome(&said("null"), LONG), Ok(true));
+        let differs = outcome(&said(r#""a bit differs""#), LONG).unwrap_err();
+        assert!(differs.contains("a bit differs"), "{differs}");
+        let finding = "echo '========= Invalid __global__ write of size 4 bytes'";
+        let found = outcome(&format!("{}; {finding}; exit 9", said("null")), LONG).unwrap_err();
+        assert!(found.contains("exit status: 9") && found.contains("__global__ write"), "{found}");
+        assert!(!found.contains("COMPUTE-SANITIZER"), "{found}");
+    }
+
+    #[test]
+    fn what_does_not_end_is_ended_with_all_its_processes() {
+        let pid_file = tempfile::NamedTempFile::new().unwrap();
+        let hang = format!("sleep 600 & echo $! > {}; wait", pid_file.path().display());
+        let soon = Duration::from_secs(1);
+        assert_eq!(outcome(&hang, soon), Ok(false));
+        let pid = std::fs::read_to_string(pid_file.path()).unwrap();
+        // Nobody may have waited for it yet.
+        let is_gone = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+            stat.map_or(true, |stat| stat.contains(") Z "))
+        };
+        let start = Instant::now();
+        while !is_gone() && start.elapsed() < LONG {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(is_gone(), "process {pid} lives");
+        let found_before = outcome(&format!("{BANNER}; echo '========= Race reported'; {hang}"), soon).unwrap_err();
+        assert!(found_before.contains("Race reported"), "{found_before}");
+        assert_eq!(outcome(&said("null"), Duration::ZERO), Ok(false), "not even begun");
+    }
 }

@@ -3,11 +3,15 @@
 #[path = "../../vgpu/driver/tests/support/mod.rs"]
 mod support;
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use annulus::device::cuda::{Buffer, Timer};
 use annulus::{DType, Error};
+use annulus_gpu::part::Part;
+use annulus_gpu::sanitizer;
 use annulus_gpu::site::{PATIENCE, Site};
 use serde_json::Value;
 use support::on_virtual_gpu;
@@ -30,22 +34,81 @@ fn records<'r>(report: &'r Value, kind: &str) -> Vec<&'r Value> {
 
 #[test]
 fn every_comparison_agrees_and_no_duration_is_reported() {
-    on_virtual_gpu("every_comparison_agrees_and_no_duration_is_reported", &[], || {
+    let tally = tempfile::NamedTempFile::new().unwrap();
+    let variables = [("ANNULUS_VGPU_TALLY", tally.path().to_str().unwrap())];
+    on_virtual_gpu("every_comparison_agrees_and_no_duration_is_reported", &variables, || {
+        // First what a card's checker sees, to find that it sees every kernel.
+        let sanitized = |part: &Part| sanitizer::RUNS.iter().any(|(_, other)| part == other);
+        let (first, second): (Vec<Part>, Vec<Part>) = Part::ALL.into_iter().partition(sanitized);
+        agree(&first, 43, 0);
+        let tally = std::fs::read_to_string(std::env::var("ANNULUS_VGPU_TALLY").unwrap()).unwrap();
+        let run: BTreeSet<&str> = tally.lines().map(|line| line.split(' ').next().unwrap()).collect();
+        let sources = annulus::kernels::ALL.iter().flat_map(|(_, ptx)| ptx.split(".visible .entry ").skip(1));
+        assert_eq!(run, sources.map(|entry| entry.split('(').next().unwrap()).collect());
+        agree(&second, 3, 4);
+    });
+}
+
+/// Everything that `parts` compare agrees: at least so many comparisons; exactly so many parts do not time an interpreter.
+#[track_caller]
+fn agree(parts: &[Part], comparisons: usize, timings: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let names: Vec<String> = parts.iter().flat_map(|part| ["--only".to_owned(), part.name()]).collect();
+    let output = annulus_gpu(&names.iter().map(String::as_str).collect::<Vec<_>>(), folder.path());
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report = report(folder.path());
+    let checks = records(&report, "check");
+    assert!(checks.len() >= comparisons, "{said}");
+    for check in checks {
+        assert!(check["failure"].is_null() && check["cases"].as_u64().unwrap() > 0, "{check}");
+    }
+    assert!(records(&report, "timing").is_empty() && records(&report, "figure").is_empty());
+    let skipped: Vec<_> = records(&report, "skipped").iter().map(|reason| reason.to_string()).collect();
+    assert_eq!(skipped.iter().filter(|reason| reason.contains("interpreter")).count(), timings, "{skipped:?}");
+    let table = std::fs::read_to_string(folder.path().join("annulus-gpu.md")).unwrap();
+    let row = format!("| {} | ", parts[0].name());
+    assert!(table.contains("# annulus on annulus virtual GPU") && table.contains(&row), "{table}");
+}
+
+/// A checker that is a script: it notes how it is called, and runs only the collectives under memcheck for real.
+const CHECKER: &str = r#"#!/bin/sh
+echo "$@" >> "$NOTES"
+tool=$2
+while [ "$1" != part ]; do program=$1; shift; done
+if [ "$tool $2" = 'memcheck threads' ]; then exec "$program" "$@"; fi
+echo '{"check":{"what":"canned","cases":1,"failure":null,"is_cut_short":false,"seconds":0}}'
+"#;
+
+#[test]
+fn a_checker_sees_every_part_the_most_telling_first() {
+    on_virtual_gpu("a_checker_sees_every_part_the_most_telling_first", &[], || {
         let folder = tempfile::tempdir().unwrap();
-        let output = annulus_gpu(&[], folder.path());
+        let [checker, notes] = ["compute-sanitizer", "notes"].map(|name| folder.path().join(name));
+        std::fs::write(&checker, CHECKER).unwrap();
+        std::fs::set_permissions(&checker, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_annulus-gpu"));
+        command.args(["--scale", "short", "--only", "sanitizer", "--folder"]).arg(folder.path());
+        let output = command.env("PATH", path).env("NOTES", &notes).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
         let report = report(folder.path());
         let checks = records(&report, "check");
-        assert!(checks.len() >= 38, "{said}");
-        for check in checks {
-            assert!(check["failure"].is_null() && check["cases"].as_u64().unwrap() > 0, "{check}");
+        let told: Vec<&str> = checks.iter().map(|check| check["what"].as_str().unwrap()).collect();
+        let runs = sanitizer::RUNS.map(|(tool, part)| format!("{tool} over {}", part.name()));
+        assert_eq!(told, runs, "{said}");
+        let skipped: Vec<String> = records(&report, "skipped").iter().map(|reason| reason.to_string()).collect();
+        for left_out in ["over casts", "initcheck over threads", "processes under any tool", "2^31"] {
+            assert!(skipped.iter().any(|reason| reason.contains(left_out)), "{left_out}: {skipped:?}");
         }
-        assert!(records(&report, "timing").is_empty() && records(&report, "figure").is_empty());
-        let skipped: Vec<_> = records(&report, "skipped").iter().map(|reason| reason.to_string()).collect();
-        assert_eq!(skipped.iter().filter(|reason| reason.contains("interpreter")).count(), 4, "{skipped:?}");
-        let table = std::fs::read_to_string(folder.path().join("annulus-gpu.md")).unwrap();
-        assert!(table.contains("# annulus on annulus virtual GPU") && table.contains("| norms | norms of bf16 |"));
+        let notes = std::fs::read_to_string(notes).unwrap();
+        let program = std::fs::canonicalize(env!("CARGO_BIN_EXE_annulus-gpu")).unwrap();
+        let called = sanitizer::RUNS.map(|(tool, part)| {
+            let (program, part) = (program.display(), part.name());
+            format!("--tool {tool} --error-exitcode 9 --report-api-errors no {program} part {part} --scale short")
+        });
+        assert_eq!(notes.lines().collect::<Vec<_>>(), called);
     });
 }
 

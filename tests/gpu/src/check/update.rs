@@ -2,7 +2,8 @@
 
 use annulus::device::cuda::Buffer;
 use annulus::ops::cuda::{
-    Contribution, Contributions, GradientNorm, LossScale, Measure, OptimizerStep, Rule, Skip, StepTensor, StepWeights,
+    Contribution, Contributions, GradientNorm, LossScale, Measure, OptimizerStep, Rule, Skip, StepCounts, StepTensor,
+    StepWeights,
 };
 use annulus::ops::{
     AdamWOptions, GradScaler, Rounding, RoundingKey, Saturate, SgdOptions, StepSignal, Weights, adamw_step, cast,
@@ -40,6 +41,7 @@ pub fn run(scale: Scale) -> Result<()> {
     }
     check("gradients staged and accumulated", limit(scale), |tally| contributions(&site, scale, tally));
     check("the loss scale", limit(scale), |tally| loss_scale(&site, tally));
+    check("what the host sets between steps", limit(scale), |tally| settings(&site, tally));
     Ok(())
 }
 
@@ -248,5 +250,50 @@ fn loss_scale(site: &Site, tally: &mut Tally) -> Result<()> {
             tally.agreed();
         }
     }
+    Ok(())
+}
+
+/// Learning rates, counts and a loss scale, each in the order of the stream.
+fn settings(site: &Site, tally: &mut Tally) -> Result<()> {
+    const LEN_ELEMS: usize = 259;
+    let kind = Kind::Master(None);
+    let mut options = AdamWOptions { lr: 1e-2, weight_decay: 0.1, ..AdamWOptions::default() };
+    let mut host = Replica::new(kind, DType::F32, LEN_ELEMS, 2)?;
+    let place = |tensor: &Tensor| site.place(tensor, 0);
+    let [gradient, weights] = [place(&host.gradient)?, place(&host.weights)?];
+    let states: Vec<Placed> = host.states.iter().map(place).collect::<Result<_>>()?;
+    let tensor = StepTensor {
+        gradient: gradient.view.clone(),
+        weights: StepWeights::Master { master: weights.view.clone(), model: None },
+        states: states.iter().map(|state| state.view.clone()).collect(),
+        decays: true,
+        first_index: 0,
+    };
+    let mut device = OptimizerStep::new(&site.kernels, Rule::AdamW(options), &[tensor], None)?;
+    let signal = StepSignal { clip_coef: 1.0, grad_scale: 1.0, found_inf: false };
+    // As if 7 steps of 9 had been made before.
+    device.set_counts(&site.stream, StepCounts { steps: 7, skipped_steps: 2 })?;
+    for (step, lr) in (8..).zip([1e-2, 0.0, 3e-4, 0.5]) {
+        device.set_learning_rate(&site.stream, lr)?;
+        device.step(&site.stream, None)?;
+        options.lr = lr;
+        host.step(kind, &Rule::AdamW(options), step, signal)?;
+        if let Some(difference) = site.fetch(&weights)?.difference(&host.weights) {
+            return Err(format!("weights at a learning rate of {lr}: {difference}").into());
+        }
+        tally.agreed();
+    }
+    let counts = device.counts(&site.stream, PATIENCE)?;
+    if (counts.steps, counts.skipped_steps) != (11, 2) {
+        return Err(format!("{counts:?} instead of 11 steps and 2 skipped").into());
+    }
+    let loss_scale = LossScale::new(&site.kernels, &GradScaler::default())?;
+    let other = GradScaler::new(8.0, 4.0, 0.25, 5)?;
+    loss_scale.set(&site.stream, &other)?;
+    let now = loss_scale.read(&site.stream, PATIENCE)?;
+    if format!("{now:?}") != format!("{other:?}") {
+        return Err(format!("the loss scale is {now:?}, not {other:?}").into());
+    }
+    tally.agreed();
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Ranks that share one device, which is all that a machine with one card has: threads in one cooperative grid, and
 //! processes that take turns. What is compared, and how, is what the tests on virtual GPUs compare.
 
+mod links;
 #[path = "../../../vgpu/driver/tests/support/operations.rs"]
 mod operations;
 pub mod processes;

@@ -11,9 +11,9 @@ use annulus::world::launch;
 use annulus::{DType, Error, ReduceOp};
 use half::bf16;
 
-use super::communicator;
 use super::operations::{every_dtype, every_operation, reduced};
 use super::ranks::{PATIENCE, Rank, inputs};
+use super::{communicator, links};
 use crate::Result;
 use crate::part::Scale;
 use crate::record::{Goal, Record, Timing, check, figure, say};
@@ -57,6 +57,7 @@ pub fn run(scale: Scale) -> Result<()> {
             });
         }
     }
+    check("links as a trial finds them: silent, sound, corrupt", PATIENCE, links::compare);
     check("long vectors of ranks in one grid", PATIENCE, |tally| {
         on_ranks(2, |rank| long(rank, if scale == Scale::Short { 40_003 } else { 5_000_011 }))?;
         tally.agreed();
@@ -80,7 +81,7 @@ fn lengths(scale: Scale) -> &'static [usize] {
 
 fn compare(rank: &Rank, algorithm: Algorithm, len_elems: usize, scale: Scale) {
     let options = Options { algorithm: Some(algorithm), ..Options::default() };
-    if scale != Scale::Short {
+    if scale != Scale::Short || rank.world.world_size() == 2 && algorithm == Algorithm::Direct {
         return every_dtype(rank, &options, len_elems);
     }
     let mut communicator = communicator(rank, algorithm, Way::Cooperative).unwrap();
