@@ -6,6 +6,10 @@
 //!                                             records, a line of JSON each  --> annulus-gpu.json, annulus-gpu.md
 //! ```
 //! A part that crashes, hangs or leaves the device's context broken takes no other part with it.
+//!
+//! All checks and timings of a card are in this one program: `annulus-gpu pack FOLDER` copies it with a script, and there are no
+//! other test or bench binaries to take along. (`cargo bench -p annulus-gpu` has the same operations in criterion's statistics,
+//! on a machine with Rust.)
 
 pub mod card;
 pub mod check;

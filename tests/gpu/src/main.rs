@@ -10,7 +10,7 @@ use annulus_gpu::report::Report;
 use annulus_gpu::{Result, pack, shared};
 use clap::{Parser, Subcommand};
 
-/// Verifies and times annulus on the GPU of this machine. Needs no arguments.
+/// Verifies and times annulus on the GPU of this machine. Needs no arguments: every check and every timing is in here.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -45,7 +45,7 @@ enum Subcommands {
         #[arg(long, value_enum, default_value = "full")]
         scale: Scale,
     },
-    /// Copies this program with its scripts into a folder that runs on another machine.
+    /// Copies this program, which is all there is, and a script into a folder that runs on another machine.
     Pack {
         /// The folder; made if it is not there.
         folder: PathBuf,

@@ -1,4 +1,6 @@
-//! The folder that goes to another machine: this program, and a script that runs it.
+//! The folder that goes to another machine: this program, in which is every check and every timing of a card, and a script that
+//! runs it. There is nothing else to build or to copy: a part of the program takes the place of a test or bench binary, ranks
+//! are the program itself, and the kernels are in it as PTX.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -17,31 +19,49 @@ const SCRIPT: &str = "#!/bin/sh
 cd \"$(dirname \"$0\")\" && exec ./annulus-gpu \"$@\"
 ";
 
-/// Copies this very program, without its symbols if `strip` is there, and a script into `folder`.
+/// What a folder was packed with.
+#[derive(Debug)]
+pub struct Packed {
+    /// Size of program and script.
+    pub bytes: u64,
+    /// The oldest glibc that the program runs with.
+    pub glibc: String,
+}
+
+/// Packs this very program, and says so.
 ///
 /// # Errors
-/// The folder cannot be written; the pack is too large; a debug build, which would time the wrong code.
+/// A debug build, which would time the wrong code; as [`pack_program`].
 pub fn pack(folder: &Path) -> Result<()> {
     if cfg!(debug_assertions) {
         return Err("a debug build is not what should be timed: cargo run --release -p annulus-gpu -- pack".into());
     }
-    fs::create_dir_all(folder)?;
-    let program = folder.join("annulus-gpu");
-    fs::copy(std::env::current_exe()?, &program)?;
-    if !Command::new("strip").arg(&program).status().is_ok_and(|status| status.success()) {
-        eprintln!("strip is not there: the pack keeps its symbols");
-    }
-    let glibc = oldest_glibc(&fs::read(&program)?).ok_or("the program names no version of glibc")?;
-    let script = folder.join("run.sh");
-    fs::write(&script, SCRIPT.replace("GLIBC", &glibc))?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    let bytes = fs::metadata(&program)?.len() + fs::metadata(&script)?.len();
-    if bytes > MOST_BYTES {
-        return Err(format!("the pack has {bytes} bytes, at most {MOST_BYTES} are wanted").into());
-    }
+    let Packed { bytes, glibc } = pack_program(&std::env::current_exe()?, folder)?;
     let mib = bytes as f64 / (1 << 20) as f64;
     println!("{}: {mib:.1} MiB, glibc {glibc} or later; there: ./run.sh", folder.display());
     Ok(())
+}
+
+/// Copies `program`, without its symbols if `strip` is there, and a script into `folder`.
+///
+/// # Errors
+/// The folder cannot be written; the pack is too large.
+pub fn pack_program(program: &Path, folder: &Path) -> Result<Packed> {
+    fs::create_dir_all(folder)?;
+    let copy = folder.join("annulus-gpu");
+    fs::copy(program, &copy)?;
+    if !Command::new("strip").arg(&copy).status().is_ok_and(|status| status.success()) {
+        eprintln!("strip is not there, or fails: the pack keeps its symbols");
+    }
+    let glibc = oldest_glibc(&fs::read(&copy)?).ok_or("the program names no version of glibc")?;
+    let script = folder.join("run.sh");
+    fs::write(&script, SCRIPT.replace("GLIBC", &glibc))?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let bytes = fs::metadata(&copy)?.len() + fs::metadata(&script)?.len();
+    if bytes > MOST_BYTES {
+        return Err(format!("the pack has {bytes} bytes, at most {MOST_BYTES} are wanted").into());
+    }
+    Ok(Packed { bytes, glibc })
 }
 
 /// The newest version of glibc that a program's symbols ask for: the oldest that it runs with.
