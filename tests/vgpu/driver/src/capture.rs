@@ -29,6 +29,7 @@ impl Mode {
             0 => Ok(Mode::Global),
             1 => Ok(Mode::ThreadLocal),
             2 => Ok(Mode::Relaxed),
+            // DAPI 6.18: among the codes of `cuStreamBeginCapture` and `cuThreadExchangeStreamCaptureMode`.
             _ => refuse(Status::INVALID_VALUE, "a capture mode that is none"),
         }
     }
@@ -61,7 +62,8 @@ impl Member {
 }
 
 impl Capture {
-    /// Invalidates it, and refuses.
+    /// Invalidates it, and refuses. What comes after is CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "due to a previous error"
+    /// (DAPI 6.1).
     fn fail<T>(&mut self, status: Status, why: &str) -> Result<T> {
         if !self.is_valid {
             return refuse(Status::STREAM_CAPTURE_INVALIDATED, why);
@@ -70,11 +72,12 @@ impl Capture {
         refuse(status, why)
     }
 
-    /// The part of `stream`, for more work.
+    /// The part of `stream`, for more work; refused as by [`fail`](Capture::fail).
     fn member(&mut self, stream: &Stream) -> Result<&mut Member> {
         if !self.is_valid {
             return refuse(Status::STREAM_CAPTURE_INVALIDATED, "a stream whose capture is invalid is used");
         }
+        // DAPI 6.1: "an unknown internal error"; whoever comes here has found the stream among the members.
         self.members.get_mut(&stream.handle).ok_or(Status::UNKNOWN)
     }
 }
@@ -101,7 +104,8 @@ fn of<'c>(captures: &'c mut Captures, stream: &Stream) -> Option<(u64, &'c mut C
 // ---- begin and end -----------------------------------------------------------------------------------------------------
 
 /// `cuStreamBeginCapture`: "Capture may not be initiated if stream is CU_STREAM_LEGACY", and "only be initiated if the stream
-/// is not already in capture mode".
+/// is not already in capture mode" (DAPI 6.18). The second is CUDA_ERROR_ILLEGAL_STATE, "not in a valid state to perform the
+/// requested operation" (DAPI 6.1).
 pub(crate) fn begin(stream: &Stream, mode: Mode) -> Result<()> {
     if stream.is_default() {
         return refuse(Status::STREAM_CAPTURE_UNSUPPORTED, "cuStreamBeginCapture of the legacy default stream");
@@ -119,7 +123,8 @@ pub(crate) fn begin(stream: &Stream, mode: Mode) -> Result<()> {
 }
 
 /// `cuStreamEndCapture`. Unless it is refused for where it is called, all streams of the capture leave it, also when there
-/// is no graph.
+/// is no graph. DAPI 6.18: "Capture must have been initiated on hStream"; in another thread, the capture not being relaxed, it
+/// is CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD. DAPI 6.1: CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "not initiated in this stream".
 pub(crate) fn end(stream: &Stream) -> Result<Graph> {
     with(|captures| {
         let Some((number, capture)) = of(captures, stream) else {
@@ -133,6 +138,7 @@ pub(crate) fn end(stream: &Stream) -> Result<Graph> {
         }
         let Some(capture) = captures.remove(&number) else { return Err(Status::UNKNOWN) };
         if !capture.is_valid {
+            // DAPI 6.18: "If capture was invalidated .. then a NULL graph will be returned."
             return refuse(Status::STREAM_CAPTURE_INVALIDATED, "cuStreamEndCapture of an invalid capture: no graph");
         }
         // Guide, "Cross-stream Dependencies and Events": other streams "must also be joined back to the origin stream".
@@ -193,7 +199,10 @@ pub(crate) fn record(stream: &Stream, event: &Event) -> Result<bool> {
     })
 }
 
-/// `cuStreamWaitEvent` where the stream captures or the event was last recorded in a capture; false for neither.
+/// `cuStreamWaitEvent` where the stream captures or the event was last recorded in a capture; false for neither. Refused as
+/// DAPI 6.1 has it: ISOLATION for a dependency "which crosses the capture sequence boundary", MERGE "of two independent
+/// capture sequences", CAPTURED_EVENT for "an event which was last recorded in a capturing stream", IMPLICIT for a
+/// "dependency on a current capture sequence from cudaStreamLegacy".
 pub(crate) fn wait(stream: &Stream, event: &Event) -> Result<bool> {
     let captured = event.captured();
     with(|captures| match (of(captures, stream).map(|(number, _)| number), captured) {

@@ -56,6 +56,7 @@ pub(crate) fn check_initialized() -> Result<()> {
 }
 
 pub(crate) fn initialize() -> Result<()> {
+    // DAPI 6.1: "no CUDA-capable devices were detected by the installed CUDA driver".
     if DEVICES.is_empty() {
         return Err(Status::NO_DEVICE);
     }
@@ -63,6 +64,7 @@ pub(crate) fn initialize() -> Result<()> {
     Ok(())
 }
 
+/// DAPI 6.1, CUDA_ERROR_INVALID_DEVICE: "the device ordinal supplied by the user does not correspond to a valid CUDA device".
 pub(crate) fn device(number: i32) -> Result<&'static Device> {
     check_initialized()?;
     usize::try_from(number).ok().and_then(|number| DEVICES.get(number)).ok_or(Status::INVALID_DEVICE)
@@ -82,7 +84,8 @@ pub(crate) fn release(number: i32) -> Result<()> {
     }
 }
 
-/// The device of a context's handle.
+/// The device of a context's handle. DAPI 6.1, CUDA_ERROR_INVALID_CONTEXT: "if the context passed to an API call is not a
+/// valid handle".
 pub(crate) fn device_of(context: u64) -> Result<usize> {
     check_initialized()?;
     let number = context.checked_sub(FIRST_CONTEXT).and_then(|number| usize::try_from(number).ok());
@@ -154,7 +157,9 @@ pub(crate) fn can_access_peer(number: i32, peer: i32) -> Result<bool> {
     Ok(number != peer && SETTINGS.peers != Peers::None)
 }
 
-/// DAPI 6.31, `cuCtxEnablePeerAccess`: CUDA_ERROR_INVALID_CONTEXT "if the current context is peerContext".
+/// DAPI 6.31, `cuCtxEnablePeerAccess`: CUDA_ERROR_INVALID_CONTEXT "if the current context is peerContext",
+/// CUDA_ERROR_PEER_ACCESS_UNSUPPORTED if `cuDeviceCanAccessPeer` says so, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED if access
+/// "has already been enabled".
 pub(crate) fn enable_peer(number: usize, peer: usize) -> Result<()> {
     if number == peer {
         return refuse(Status::INVALID_CONTEXT, "cuCtxEnablePeerAccess for the current context itself");
@@ -166,7 +171,7 @@ pub(crate) fn enable_peer(number: usize, peer: usize) -> Result<()> {
     if before >> peer & 1 == 1 { Err(Status::PEER_ACCESS_ALREADY_ENABLED) } else { Ok(()) }
 }
 
-/// DAPI 6.31, `cuCtxDisablePeerAccess`.
+/// DAPI 6.31, `cuCtxDisablePeerAccess`: CUDA_ERROR_PEER_ACCESS_NOT_ENABLED "if direct peer access has not yet been enabled".
 pub(crate) fn disable_peer(number: usize, peer: usize) -> Result<()> {
     let before = DEVICES[number].peers.fetch_and(!(1 << peer), Ordering::Relaxed);
     if before >> peer & 1 == 0 { Err(Status::PEER_ACCESS_NOT_ENABLED) } else { Ok(()) }

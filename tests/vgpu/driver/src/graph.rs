@@ -27,6 +27,7 @@ pub(crate) struct Executable {
     launches: Event,
 }
 
+/// DAPI 6.24: of a handle that is none, the functions of graphs have no code but CUDA_ERROR_INVALID_VALUE.
 pub(crate) static GRAPHS: Handles<Graph> = Handles::new("graph", 0x9000_0000, Status::INVALID_VALUE);
 pub(crate) static EXECUTABLES: Handles<Executable> =
     Handles::new("executable graph", 0xa000_0000, Status::INVALID_VALUE);
@@ -101,6 +102,7 @@ pub(crate) fn instantiate(graph: u64) -> Result<u64> {
 /// hGraphExec."
 pub(crate) fn launch(executable: u64, stream: u64) -> Result<()> {
     let (stream, executable) = (Stream::of(stream)?, EXECUTABLES.get(executable)?);
+    // Stricter than CUDA, where it becomes a node of the graph: graphs here have none in them.
     if capture::is_capturing(&stream) {
         return refuse(Status::NOT_SUPPORTED, "cuGraphLaunch into a capture: graphs in graphs");
     }

@@ -34,7 +34,10 @@ pub(crate) fn resident_blocks(block_threads: usize, shared_bytes: usize) -> usiz
     by_threads.min(SHARED_BYTES_PER_MULTIPROCESSOR / shared_bytes.max(1)).min(BLOCKS_PER_MULTIPROCESSOR)
 }
 
-/// Checks a launch as the call does, before anything is queued (DAPI 6.22, `cuLaunchKernel`).
+/// Checks a launch as the call does, before anything is queued. CUDA_ERROR_INVALID_VALUE is among the codes of
+/// `cuLaunchKernel` (DAPI 6.22): for sizes beyond the device's attributes (MAX_THREADS_PER_BLOCK, MAX_GRID_DIM_Y and _Z,
+/// DAPI 6.5), for "more threads per block than its launch bound" (CUDA C++ Programming Guide 12.2, "Launch Bounds"), and where
+/// "the user-specified dynamic shared memory size is larger than" CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES (DAPI 6.1).
 fn check(function: &Function, shape: &Shape) -> Result<usize> {
     let product = |sizes: [u32; 3]| sizes.iter().try_fold(1usize, |all, size| all.checked_mul(*size as usize));
     let (Some(blocks), Some(threads)) = (product(shape.grid), product(shape.block)) else {
@@ -104,6 +107,7 @@ fn is_met(flags: u32, seen: u32, value: u32) -> Result<bool> {
         1 => Ok(seen == value),
         2 => Ok(seen & value != 0),
         3 => Ok(!(seen | value) != 0),
+        // DAPI 6.21: among the codes of `cuStreamWaitValue32`.
         _ => refuse(Status::INVALID_VALUE, "unknown flags of cuStreamWaitValue32"),
     }
 }
@@ -122,6 +126,7 @@ pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) 
             if is_met(flags, u32::from_le_bytes(seen), value) != Ok(false) || device::check_sticky(number).is_err() {
                 return;
             }
+            // Stricter than CUDA, which waits for ever: a test should end.
             if start.elapsed() > SETTINGS.watchdog {
                 eprintln!("virtual GPU (process {}): cuStreamWaitValue32 timed out", std::process::id());
                 return device::stick(number, Status::LAUNCH_TIMEOUT);
@@ -135,6 +140,7 @@ pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) 
 /// `cuStreamWriteValue32`, after everything the stream did before.
 pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32) -> Result<()> {
     value_place(address)?;
+    // DAPI 6.21, `cuStreamWriteValue32`: INVALID_VALUE is among its codes; flags are DEFAULT and NO_MEMORY_BARRIER.
     if flags > 1 {
         return refuse(Status::INVALID_VALUE, "unknown flags of cuStreamWriteValue32");
     }
@@ -146,7 +152,8 @@ pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32)
     })
 }
 
-/// The reference says nothing of a location that is no multiple of 4; it is refused aloud.
+/// DAPI 6.21: CUDA_ERROR_NOT_SUPPORTED and CUDA_ERROR_INVALID_VALUE are the codes of both functions. Stricter than CUDA: the
+/// reference says nothing of a location that is no multiple of 4; it is refused aloud.
 fn value_place(address: u64) -> Result<()> {
     if !SETTINGS.orders_by_memory {
         return Err(Status::NOT_SUPPORTED);

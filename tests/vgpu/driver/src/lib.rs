@@ -12,7 +12,8 @@
 //!
 //! It is strict where CUDA is: what the driver API's documentation (CUDA Driver API Reference Manual 12.2, chapter 6;
 //! "DAPI 6.13" and the like below) calls an error is one here, with the code named there. What it leaves undefined, this
-//! driver makes as visible as it can.
+//! driver makes as visible as it can. Each refusal stands beside its source; where this driver refuses what CUDA may not, the
+//! words "stricter than CUDA" and the reason do.
 //!
 //! | variable | meaning | if not set |
 //! |---|---|---|

@@ -54,7 +54,8 @@ const PTX_BY_DRIVER: [(i32, f32); 9] = [
     (13_010, 9.1),
 ];
 
-/// Reads PTX; the second is the text for the JIT's error log.
+/// Reads PTX; the second is the text for the JIT's error log. DAPI 6.10, `cuModuleLoadData`; DAPI 6.1:
+/// CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "compiled with an unsupported toolchain"; CUDA_ERROR_INVALID_PTX, "compilation failed".
 pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
     let newest = PTX_BY_DRIVER.iter().rfind(|(driver, _)| *driver <= SETTINGS.driver_version);
     let newest = newest.map_or(8.1, |(_, version)| *version);
@@ -78,7 +79,8 @@ pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
     Ok(handle)
 }
 
-/// DAPI 6.10, `cuModuleGetFunction`: CUDA_ERROR_NOT_FOUND if there is none of the name.
+/// DAPI 6.10, `cuModuleGetFunction`: CUDA_ERROR_NOT_FOUND if there is none of the name. Stricter than CUDA, where use of a
+/// module's handle after `cuModuleUnload` "is undefined behavior": CUDA_ERROR_INVALID_HANDLE, so that it is noticed.
 pub(crate) fn function(handle: u64, name: &str) -> Result<u64> {
     let mut state = state();
     let Some(module) = state.modules.get(&handle).cloned() else {
@@ -110,6 +112,7 @@ pub(crate) fn load_function(function: u64, device: usize) -> Result<()> {
     Ok(())
 }
 
+/// Stricter than CUDA, as [`function`]: a second `cuModuleUnload` is refused.
 pub(crate) fn unload(handle: u64) -> Result<()> {
     let mut state = state();
     if state.modules.remove(&handle).is_none() {
@@ -120,12 +123,14 @@ pub(crate) fn unload(handle: u64) -> Result<()> {
     Ok(())
 }
 
+/// DAPI 6.22: CUDA_ERROR_INVALID_HANDLE is what `cuLaunchKernel` and the functions of attributes have for a handle.
 pub(crate) fn get(function: u64) -> Result<Function> {
     let found = state().functions.get(&function).cloned();
     found.map_or_else(|| refuse(Status::INVALID_HANDLE, "no such function: is its module unloaded?"), Ok)
 }
 
-/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
+/// DAPI 6.22, `cuFuncSetAttribute`, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: with the static bytes it "cannot exceed
+/// the device attribute CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN".
 pub(crate) fn allow_dynamic_shared(function: u64, len_bytes: usize) -> Result<()> {
     let mut state = state();
     let function = state.functions.get_mut(&function).ok_or(Status::INVALID_HANDLE)?;

@@ -28,5 +28,7 @@ pub(crate) fn check(name: &str) -> Result<()> {
         eprintln!("virtual GPU: {}: {error}", path.display());
         std::process::abort()
     }
+    // DAPI 6.1, CUDA_ERROR_OUT_OF_MEMORY: no "memory or other resources to perform the requested operation", which any call
+    // may meet.
     if left == 0 { Err(Status::OUT_OF_MEMORY) } else { Ok(()) }
 }

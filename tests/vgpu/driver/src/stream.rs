@@ -68,6 +68,7 @@ impl Stream {
                 own.changed.notify_all();
             }
         };
+        // DAPI 6.1, CUDA_ERROR_OPERATING_SYSTEM: "an OS call failed".
         std::thread::Builder::new().name("vgpu-stream".into()).spawn(worker).map_err(|_| Status::OPERATING_SYSTEM)?;
         Ok(Stream { handle, device, flags, priority, queue: Mutex::new((0, sender)), progress })
     }
@@ -81,7 +82,8 @@ impl Stream {
         Ok(handle)
     }
 
-    /// The stream of a handle; the current context's default stream for 0 and `CU_STREAM_LEGACY`.
+    /// The stream of a handle; the current context's default stream for 0 and `CU_STREAM_LEGACY`. DAPI 6.1:
+    /// CUDA_ERROR_INVALID_HANDLE for "a resource handle passed to the API call" that is "not valid".
     pub fn of(handle: u64) -> Result<Arc<Stream>> {
         let number = device::current()?;
         let mut streams = streams();
@@ -99,7 +101,8 @@ impl Stream {
         }
     }
 
-    /// DAPI 6.18, `cuStreamDestroy`: returns at once; what was given to the stream is still done.
+    /// DAPI 6.18, `cuStreamDestroy`: returns at once; what was given to the stream is still done. CUDA_ERROR_INVALID_HANDLE is
+    /// among its codes.
     pub fn destroy(handle: u64) -> Result<()> {
         let Some(stream) = streams().remove(&handle) else {
             return refuse(Status::INVALID_HANDLE, "no such stream");
@@ -152,6 +155,7 @@ impl Stream {
             predecessors.iter().for_each(|(progress, number)| progress.wait(*number));
             work();
         };
+        // DAPI 6.1: "an unknown internal error"; the worker lives as long as the stream.
         queue.1.send(Box::new(all)).map_err(|_| Status::UNKNOWN)
     }
 

@@ -51,7 +51,7 @@ fn is_granular(len_bytes: usize) -> bool {
     len_bytes != 0 && len_bytes.is_multiple_of(GRANULARITY_BYTES)
 }
 
-/// `cuMemCreate`: the size "must be a multiple of granularity".
+/// `cuMemCreate`: the size "must be a multiple of" what `cuMemGetAllocationGranularity` gives.
 pub(crate) fn create(len_bytes: usize, number: usize, exportable: bool) -> Result<u64> {
     if !is_granular(len_bytes) {
         return refuse(Status::INVALID_VALUE, "cuMemCreate of a size that is no multiple of the granularity");
@@ -70,13 +70,15 @@ fn keep(physical: Physical) -> Result<u64> {
     Ok(handle)
 }
 
-/// `cuMemRelease`: memory that is mapped lives on.
+/// `cuMemRelease`: memory that is mapped lives on. Stricter than CUDA: "If handle is not a valid handle the behavior
+/// is undefined." Here it is CUDA_ERROR_INVALID_VALUE, so that it is noticed; so is one to export or to map.
 pub(crate) fn release(handle: u64) -> Result<()> {
     let released = with(|state| Ok(state.handles.remove(&handle)))?;
     released.map(drop).map_or_else(|| refuse(Status::INVALID_VALUE, "cuMemRelease of no handle"), Ok)
 }
 
-/// `cuMemExportToShareableHandle` to a POSIX descriptor, which must have been asked for in `cuMemCreate`.
+/// `cuMemExportToShareableHandle` to a POSIX descriptor: CUDA_ERROR_INVALID_VALUE unless that was "requested via cuMemCreate"
+/// (DAPI 6.5, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED).
 pub(crate) fn export(handle: u64) -> Result<i32> {
     with(|state| {
         let physical = state.handles.get(&handle).ok_or(Status::INVALID_VALUE)?;
@@ -91,7 +93,7 @@ pub(crate) fn export(handle: u64) -> Result<i32> {
     })
 }
 
-/// `cuMemImportFromShareableHandle`; the caller keeps its descriptor.
+/// `cuMemImportFromShareableHandle`; the caller keeps its descriptor. CUDA_ERROR_INVALID_VALUE is among its codes.
 pub(crate) fn import(descriptor: BorrowedFd<'_>) -> Result<u64> {
     let memory = descriptor.try_clone_to_owned().map_err(|_| Status::INVALID_VALUE)?;
     let len_bytes = rustix::fs::fstat(&memory).map_err(|_| Status::INVALID_VALUE)?.st_size;
@@ -102,7 +104,8 @@ pub(crate) fn import(descriptor: BorrowedFd<'_>) -> Result<u64> {
     keep(Physical { memory, len_bytes, device: number, exportable: true, owned: false })
 }
 
-/// `cuMemAddressReserve`
+/// `cuMemAddressReserve`: "the alignment must be a power of two or zero". Stricter than CUDA, which wants the size to be a
+/// "multiple of the host page size": nothing can be mapped into a smaller range (`cuMemMap`).
 pub(crate) fn reserve_addresses(len_bytes: usize, align_bytes: usize) -> Result<u64> {
     if !is_granular(len_bytes) || !(align_bytes == 0 || align_bytes.is_power_of_two()) {
         return refuse(Status::INVALID_VALUE, "cuMemAddressReserve of a size that is no multiple of the granularity");
@@ -112,7 +115,8 @@ pub(crate) fn reserve_addresses(len_bytes: usize, align_bytes: usize) -> Result<
     Ok(address)
 }
 
-/// `cuMemAddressFree`: of a whole reservation in which nothing is mapped.
+/// `cuMemAddressFree`: "The size must match what was given to memAddressReserve and the ptr given must match". Stricter than
+/// CUDA, whose reference says nothing of a range with memory mapped in it.
 pub(crate) fn free_addresses(address: u64, len_bytes: usize) -> Result<()> {
     with(|state| {
         if state.reserved.get(&address) != Some(&len_bytes) {
@@ -126,7 +130,8 @@ pub(crate) fn free_addresses(address: u64, len_bytes: usize) -> Result<()> {
     })
 }
 
-/// `cuMemMap`: the whole of a handle's memory, into a reservation. "offset must be zero."
+/// `cuMemMap`: memory from the beginning of a handle's ("offset .. currently must be zero"), no more than it has, "a multiple"
+/// of the granularity, into a reservation, where it is "not currently mapped".
 pub(crate) fn map(address: u64, len_bytes: usize, offset_bytes: usize, handle: u64) -> Result<()> {
     with(|state| {
         let physical = state.handles.get(&handle).cloned().ok_or(Status::INVALID_VALUE)?;
@@ -140,6 +145,7 @@ pub(crate) fn map(address: u64, len_bytes: usize, offset_bytes: usize, handle: u
         if before.is_some_and(|(start, (mapped, _))| start + *mapped as u64 > address) {
             return refuse(Status::INVALID_VALUE, "cuMemMap over memory that is mapped");
         }
+        // DAPI 6.1: "an OS call failed"; "a map or register operation has failed".
         let memory = physical.memory.try_clone().map_err(|_| Status::OPERATING_SYSTEM)?;
         // SAFETY: checked just above, under the lock: reserved, and nothing mapped there.
         let mapping = unsafe { Mapping::at(address, memory, 0, len_bytes) }.map_err(|_| Status::MAP_FAILED)?;
@@ -151,7 +157,7 @@ pub(crate) fn map(address: u64, len_bytes: usize, offset_bytes: usize, handle: u
     })
 }
 
-/// `cuMemUnmap`: of what one `cuMemMap` mapped.
+/// `cuMemUnmap`: "The range must be the entire contiguous address range that was mapped to."
 pub(crate) fn unmap(address: u64, len_bytes: usize) -> Result<()> {
     with(|state| {
         if state.mapped.get(&address).is_none_or(|(mapped, _)| *mapped != len_bytes) {
@@ -163,7 +169,8 @@ pub(crate) fn unmap(address: u64, len_bytes: usize) -> Result<()> {
     })
 }
 
-/// `cuMemSetAccess`: until then nobody may touch a mapping.
+/// `cuMemSetAccess`: until then nobody may touch a mapping. "The range must be a fully mapped address range"; stricter than
+/// CUDA, which takes several mappings in a row: one, as annulus makes them.
 pub(crate) fn set_access(address: u64, len_bytes: usize, number: usize, allowed: bool) -> Result<()> {
     allocations::change(|table| {
         let allocation = table.get_mut(&address).filter(|allocation| allocation.len_bytes == len_bytes);
@@ -171,7 +178,7 @@ pub(crate) fn set_access(address: u64, len_bytes: usize, number: usize, allowed:
             return refuse(Status::INVALID_VALUE, "cuMemSetAccess of something else than one mapping");
         };
         if number != *owner && !device::can_access_peer(number as i32, *owner as i32)? {
-            // PyTorch issue 174030 shows the code.
+            // Among the function's codes; PyTorch issue 174030 shows it.
             return refuse(Status::INVALID_DEVICE, "cuMemSetAccess for a device that is no peer of the memory's");
         }
         *access = if allowed { *access | 1 << number } else { *access & !(1 << number) };

@@ -37,6 +37,7 @@ fn ask(function: &str, device: nvmlDevice_t, body: impl FnOnce(usize) -> Result<
         while SETTINGS.hang.as_ref().is_some_and(|path| path.exists()) {
             std::thread::sleep(Duration::from_millis(5));
         }
+        // "if the target GPU has fallen off the bus or is otherwise inaccessible"
         if SETTINGS.lost.as_ref().is_some_and(|path| path.exists()) {
             return Err(GPU_IS_LOST);
         }
@@ -44,11 +45,13 @@ fn ask(function: &str, device: nvmlDevice_t, body: impl FnOnce(usize) -> Result<
     })
 }
 
+/// NVML_ERROR_INVALID_ARGUMENT "if device is invalid", as every function about a device has it.
 fn number(device: nvmlDevice_t) -> Result<usize> {
     let number = device.addr().checked_sub(1).filter(|number| *number < DEVICES.len());
     number.ok_or(INVALID_ARGUMENT)
 }
 
+/// NVML_ERROR_INVALID_ARGUMENT if the place "is NULL", as every function with one has it.
 fn give<T>(to: *mut T, value: T) -> Result<()> {
     if to.is_null() {
         return Err(INVALID_ARGUMENT);
@@ -58,6 +61,7 @@ fn give<T>(to: *mut T, value: T) -> Result<()> {
     Ok(())
 }
 
+/// NVML_ERROR_INSUFFICIENT_SIZE "if length is too small".
 fn copy_text(text: &str, to: *mut c_char, len_bytes: c_uint) -> Result<()> {
     if len_bytes as usize <= text.len() {
         return Err(INSUFFICIENT_SIZE);
@@ -131,10 +135,13 @@ extern "C" fn nvmlDeviceGetTopologyCommonAncestor(one: nvmlDevice_t, other: nvml
         Between::Level(found) => give(level, found),
         // Beside NVLink there is always PCIe.
         Between::Links(_) | Between::Switch(_) => give(level, nvmlGpuLevel_enum_NVML_TOPOLOGY_NODE),
+        // Stricter than NVML, whose reference says nothing of a device and itself.
         Between::Nothing => Err(INVALID_ARGUMENT),
     })
 }
 
+/// NVML_ERROR_NOT_SUPPORTED "if the device doesn't support this feature", NVML_ERROR_INVALID_ARGUMENT "if device or link is
+/// invalid".
 fn far(device: usize, link: c_uint) -> Result<Far> {
     let links = &DEVICES[device].links;
     if links.is_empty() {
@@ -224,6 +231,7 @@ extern "C" fn nvmlDeviceGetPcieThroughput(device: nvmlDevice_t, counter: c_uint,
         match counter {
             nvmlPcieUtilCounter_enum_NVML_PCIE_UTIL_TX_BYTES => give(kilobytes, 1000),
             nvmlPcieUtilCounter_enum_NVML_PCIE_UTIL_RX_BYTES => give(kilobytes, 2000),
+            // "if device or counter is invalid"
             _ => Err(INVALID_ARGUMENT),
         }
     })
@@ -232,6 +240,7 @@ extern "C" fn nvmlDeviceGetPcieThroughput(device: nvmlDevice_t, counter: c_uint,
 #[unsafe(no_mangle)]
 extern "C" fn nvmlDeviceGetFieldValues(device: nvmlDevice_t, len: c_int, values: *mut nvmlFieldValue_t) -> u32 {
     ask("nvmlDeviceGetFieldValues", device, |number| {
+        // "if device is invalid or values is NULL"; what is not known says so itself, in `nvmlReturn`.
         if values.is_null() {
             return Err(INVALID_ARGUMENT);
         }
@@ -258,6 +267,7 @@ extern "C" fn nvmlDeviceGetFieldValues(device: nvmlDevice_t, len: c_int, values:
 extern "C" fn nvmlDeviceGetTemperature(device: nvmlDevice_t, sensor: c_uint, celsius: *mut c_uint) -> u32 {
     ask("nvmlDeviceGetTemperature", device, |number| match sensor {
         nvmlTemperatureSensors_enum_NVML_TEMPERATURE_GPU => give(celsius, 40 + number as c_uint),
+        // "sensorType is invalid"
         _ => Err(INVALID_ARGUMENT),
     })
 }

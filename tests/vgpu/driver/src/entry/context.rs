@@ -64,6 +64,7 @@ extern "C" fn cuDeviceCanAccessPeer(answered: Out<c_int>, number: c_int, peer: c
 extern "C" fn cuCtxEnablePeerAccess(peer: u64, flags: c_uint) -> u32 {
     answer(|| match flags {
         0 => device::enable_peer(device::current()?, device::device_of(peer)?),
+        // DAPI 6.31: "if Flags is not 0".
         _ => Err(Status::INVALID_VALUE),
     })
 }

@@ -34,6 +34,7 @@ impl Side {
     fn host(address: u64, len_bytes: usize) -> Result<Side> {
         match allocations::find(&allocations::table(), address, len_bytes) {
             Some(_) => Ok(Side::Known(address)),
+            // DAPI 6.13: the code that copies have for an address.
             None if address == 0 => Err(Status::INVALID_VALUE),
             None => Ok(Side::Pageable(address)),
         }

@@ -11,6 +11,7 @@ use crate::handles::Handles;
 use crate::status::{Result, Status, answer, refuse};
 use crate::stream::Stream;
 
+/// DAPI 6.19: the functions of events have CUDA_ERROR_INVALID_HANDLE for a handle.
 static EVENTS: Handles<Event> = Handles::new("event", 0x8000_0000, Status::INVALID_HANDLE);
 
 fn event(handle: u64) -> Result<Arc<Event>> {
@@ -22,7 +23,8 @@ fn event(handle: u64) -> Result<Arc<Event>> {
 extern "C" fn cuEventCreate(out: Out<u64>, flags: c_uint) -> u32 {
     answer(|| {
         device::current()?;
-        // BLOCKING_SYNC, DISABLE_TIMING, INTERPROCESS; the last only with the one before it.
+        // BLOCKING_SYNC, DISABLE_TIMING, INTERPROCESS, which "must be specified along with CU_EVENT_DISABLE_TIMING";
+        // INVALID_VALUE is among the codes.
         if flags > 7 || flags & 6 == 4 {
             return refuse(Status::INVALID_VALUE, "cuEventCreate with flags that are none");
         }
@@ -52,7 +54,8 @@ extern "C" fn cuEventRecord(handle: u64, stream: u64) -> u32 {
 extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 {
     answer(|| {
         let (event, stream) = (event(handle)?, Stream::of(stream)?);
-        // CU_EVENT_WAIT_EXTERNAL: "This flag is invalid outside of stream capture."
+        // CU_EVENT_WAIT_EXTERNAL: "This flag is invalid outside of stream capture." Within one it is refused, too, which is
+        // stricter than CUDA: graphs here have no nodes of events.
         if flags != 0 {
             let status = if capture::is_capturing(&stream) { Status::NOT_SUPPORTED } else { Status::INVALID_VALUE };
             return refuse(status, "cuStreamWaitEvent with flags");
@@ -82,6 +85,7 @@ extern "C" fn cuEventQuery(handle: u64) -> u32 {
         device::current()?;
         capture::check_event(&event)?;
         capture::check_unsafe("cuEventQuery")?;
+        // DAPI 6.19: "if any captured work is incomplete".
         if event.is_complete() { Ok(()) } else { Err(Status::NOT_READY) }
     })
 }

@@ -26,6 +26,7 @@ extern "C" fn cuStreamEndCapture(stream: u64, graph: Out<u64>) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamIsCapturing(stream: u64, status: Out<c_uint>) -> u32 {
     answer(|| {
+        // DAPI 6.18: called on the legacy stream "while a blocking stream in the same context is capturing".
         if stream <= LEGACY && capture::is_legacy_blocked(device::current()?) {
             return refuse(
                 Status::STREAM_CAPTURE_IMPLICIT,
@@ -48,7 +49,7 @@ extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut c_uint) -> u32 {
 /// `CUgraphInstantiate_flags`; the others are for memory nodes, uploads and launches from the device.
 const USE_NODE_PRIORITY: c_ulonglong = 8;
 
-/// Priorities are remembered by streams and change nothing.
+/// Priorities are remembered by streams and change nothing. Stricter than CUDA, which takes the other flags for any graph.
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphInstantiateWithFlags(executable: Out<u64>, graph: u64, flags: c_ulonglong) -> u32 {
     answer(|| {

@@ -36,6 +36,7 @@ extern "C" fn cuLaunchKernel(
     extra: *const c_void,
 ) -> u32 {
     answer(|| {
+        // Stricter than CUDA, which takes arguments this way, too: nobody here passes them so.
         if !extra.is_null() {
             return refuse(Status::NOT_SUPPORTED, "arguments in the `extra` of cuLaunchKernel");
         }
@@ -93,6 +94,7 @@ extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         let shared_bytes = shared_bytes.saturating_add(module::get(function)?.kernel().shared_bytes());
         match usize::try_from(block_threads) {
             Ok(threads @ 1..) => blocks.give(resident_blocks(threads, shared_bytes) as c_int),
+            // DAPI 6.25: among the function's codes.
             _ => refuse(Status::INVALID_VALUE, "the occupancy of blocks without threads"),
         }
     })

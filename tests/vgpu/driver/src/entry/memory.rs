@@ -54,6 +54,7 @@ extern "C" fn cuMemAllocAsync(address: Out<u64>, len_bytes: usize, stream: u64) 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> u32 {
     answer(|| {
+        // DAPI 6.15: INVALID_VALUE is among its codes.
         allocations::range(address, 1)?;
         let stream = Stream::of(stream)?;
         check_not_captured(&stream)?;
@@ -64,7 +65,7 @@ extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> u32 {
     })
 }
 
-/// Captured, both would become nodes of the graph, which this driver does not have.
+/// Stricter than CUDA: captured, both become nodes of the graph (DAPI 6.15), which this driver does not have.
 fn check_not_captured(stream: &Stream) -> Result<()> {
     if capture::is_capturing(stream) {
         return refuse(Status::NOT_SUPPORTED, "memory of a pool in a capture");
@@ -76,6 +77,7 @@ fn check_not_captured(stream: &Stream) -> Result<()> {
 extern "C" fn cuMemGetAddressRange_v2(base: Out<u64>, len_bytes: Out<usize>, address: u64) -> u32 {
     answer(|| {
         device::current()?;
+        // DAPI 6.13, `cuMemGetAddressRange`: among its codes.
         let (allocation, _) = allocations::range(address, 1).map_err(|_| Status::NOT_FOUND)?;
         base.give_if_wanted(allocation.mapping.address());
         len_bytes.give_if_wanted(allocation.len_bytes);
@@ -104,7 +106,8 @@ extern "C" fn cuMemFreeHost(address: u64) -> u32 {
     })
 }
 
-/// "Passes back the device pointer corresponding to the mapped, pinned host buffer": one address space, so the same.
+/// "Passes back the device pointer .. corresponding to the mapped, pinned host buffer": one address space, so the same.
+/// CUDA_ERROR_INVALID_VALUE is its code for anything else, and for flags: "For now, it must be set to 0."
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostGetDevicePointer_v2(out: Out<u64>, host: u64, flags: c_uint) -> u32 {
     answer(|| {
@@ -126,6 +129,7 @@ extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, flags: c_uint
         if flags & 8 != 0 {
             return refuse(Status::NOT_SUPPORTED, "cuMemHostRegister of memory as read-only");
         }
+        // Among the function's codes; it names the flags 1, 2, 4 and 8.
         if len_bytes == 0 || flags > 7 {
             return refuse(Status::INVALID_VALUE, "cuMemHostRegister of nothing, or with flags that are none");
         }
@@ -135,6 +139,7 @@ extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, flags: c_uint
         allocations::change(|table| {
             let end = address.checked_add(len_bytes as u64).ok_or(Status::INVALID_VALUE)?;
             let before = table.range(..end).next_back();
+            // DAPI 6.1: "the memory range passed to cuMemHostRegister() has already been registered".
             if before.is_some_and(|(start, before)| start + before.len_bytes as u64 > address) {
                 return refuse(Status::HOST_MEMORY_ALREADY_REGISTERED, "cuMemHostRegister over registered memory");
             }
@@ -151,12 +156,14 @@ extern "C" fn cuMemHostUnregister(address: u64) -> u32 {
         capture::check_unsafe("cuMemHostUnregister")?;
         let _ = Stream::synchronize_device(number);
         let removed = allocations::remove(address, "cuMemHostUnregister", |kind| kind == Kind::Registered);
+        // DAPI 6.1: the pointer "does not correspond to any currently registered memory region".
         removed.map(drop).map_err(|_| Status::HOST_MEMORY_NOT_REGISTERED)
     })
 }
 
 /// The attributes that tell where an address is: CONTEXT (1), MEMORY_TYPE (2), DEVICE_ORDINAL (9), RANGE_START_ADDR (11),
-/// RANGE_SIZE (12). CUDA_ERROR_INVALID_VALUE for an address that CUDA does not know.
+/// RANGE_SIZE (12). CUDA_ERROR_INVALID_VALUE for an address that "was not allocated by, mapped by, or registered with a
+/// CUcontext". Stricter than CUDA, which knows other attributes: nobody here asks for them.
 #[unsafe(no_mangle)]
 extern "C" fn cuPointerGetAttribute(data: *mut u8, attribute: u32, address: u64) -> u32 {
     answer(|| {

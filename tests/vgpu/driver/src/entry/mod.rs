@@ -24,7 +24,8 @@ use crate::status::{Result, Status};
 struct Out<T>(*mut T);
 
 impl<T> Out<T> {
-    /// Fills the place; CUDA_ERROR_INVALID_VALUE for a null one.
+    /// Fills the place; CUDA_ERROR_INVALID_VALUE for a null one, as for any parameter that is "not within an acceptable range
+    /// of values" (DAPI 6.1). [`In`] and [`Text`] likewise.
     fn give(&self, value: T) -> Result<()> {
         if self.0.is_null() {
             return Err(Status::INVALID_VALUE);

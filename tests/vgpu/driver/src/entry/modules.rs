@@ -110,6 +110,7 @@ extern "C" fn cuFuncSetAttribute(function: u64, attribute: u32, value: c_int) ->
         device::current()?;
         module::get(function)?;
         match attribute {
+            // A negative value: among the codes.
             8 => module::allow_dynamic_shared(function, usize::try_from(value).map_err(|_| Status::INVALID_VALUE)?),
             // "Attempting to set a value on a read-only attribute will result in an error (CUDA_ERROR_INVALID_VALUE)".
             0..8 => refuse(Status::INVALID_VALUE, "cuFuncSetAttribute of a read-only attribute"),

@@ -51,6 +51,7 @@ struct Location {
 }
 
 impl Location {
+    /// Stricter than CUDA, which also has memory of the host: here such memory is all of devices.
     fn device(self) -> Result<usize> {
         if self.kind != LOCATION_DEVICE {
             return refuse(Status::INVALID_VALUE, "a memory location that is no device");
@@ -93,6 +94,7 @@ extern "C" fn cuMemCreate(handle: Out<u64>, len_bytes: usize, properties: In<Pro
     answer(|| {
         capture::check_unsafe("cuMemCreate")?;
         let Properties { kind, handle_types, location, .. } = properties.get()?;
+        // DAPI 6.1, `CUmemAllocationType`: there is no other type. DAPI 6.14: "flags for future use, must be zero now".
         if kind != 1 || flags != 0 {
             return refuse(Status::INVALID_VALUE, "cuMemCreate of memory that is not CU_MEM_ALLOCATION_TYPE_PINNED");
         }
@@ -113,6 +115,7 @@ extern "C" fn cuMemRelease(handle: u64) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuMemExportToShareableHandle(out: Out<c_int>, handle: u64, kind: u32, flags: c_ulonglong) -> u32 {
     answer(|| {
+        // Other kinds are for other systems than Linux; of flags: "Reserved, must be zero".
         if kind != POSIX_FILE_DESCRIPTOR || flags != 0 {
             return Err(Status::INVALID_VALUE);
         }
@@ -126,6 +129,7 @@ extern "C" fn cuMemImportFromShareableHandle(handle: Out<u64>, descriptor: usize
     answer(|| {
         device::current()?;
         let descriptor = c_int::try_from(descriptor).ok().filter(|descriptor| *descriptor >= 0);
+        // Among the function's codes.
         let (Some(descriptor), POSIX_FILE_DESCRIPTOR) = (descriptor, kind) else {
             return Err(Status::INVALID_VALUE);
         };
@@ -145,6 +149,7 @@ extern "C" fn cuMemAddressReserve(
 ) -> u32 {
     answer(|| {
         device::check_initialized()?;
+        // "Currently unused, must be zero".
         if flags != 0 {
             return Err(Status::INVALID_VALUE);
         }
@@ -161,6 +166,7 @@ extern "C" fn cuMemAddressFree(address: u64, len_bytes: usize) -> u32 {
 extern "C" fn cuMemMap(address: u64, len_bytes: usize, offset: usize, handle: u64, flags: c_ulonglong) -> u32 {
     answer(|| {
         capture::check_unsafe("cuMemMap")?;
+        // "flags for future use, must be zero now".
         if flags == 0 { virtual_memory::map(address, len_bytes, offset, handle) } else { Err(Status::INVALID_VALUE) }
     })
 }

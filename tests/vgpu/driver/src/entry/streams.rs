@@ -17,6 +17,7 @@ extern "C" fn cuStreamCreate(out: Out<u64>, flags: c_uint) -> u32 {
 extern "C" fn cuStreamCreateWithPriority(out: Out<u64>, flags: c_uint, priority: c_int) -> u32 {
     answer(|| {
         let number = device::current()?;
+        // DAPI 6.18, `cuStreamCreate`: valid values are CU_STREAM_DEFAULT and CU_STREAM_NON_BLOCKING.
         if flags & !NON_BLOCKING != 0 {
             return refuse(Status::INVALID_VALUE, "a stream with flags that are none");
         }
@@ -41,6 +42,7 @@ extern "C" fn cuStreamSynchronize(stream: u64) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamQuery(stream: u64) -> u32 {
+    // DAPI 6.18: success "if all operations in the stream .. have completed, or CUDA_ERROR_NOT_READY if not".
     answer(|| if Stream::of(stream)?.is_idle()? { Ok(()) } else { Err(Status::NOT_READY) })
 }
 
@@ -52,6 +54,7 @@ extern "C" fn cuStreamDestroy_v2(stream: u64) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuLaunchHostFunc(stream: u64, function: Option<extern "C" fn(*mut c_void)>, data: usize) -> u32 {
     answer(|| {
+        // Stricter than CUDA, whose reference says nothing of a null function: calling it would end the process.
         let function = function.ok_or(Status::INVALID_VALUE)?;
         Stream::of(stream)?.submit(move || function(std::ptr::with_exposed_provenance_mut(data)))
     })

@@ -11,6 +11,7 @@ use crate::status::{Result, Status, answer};
 
 #[unsafe(no_mangle)]
 extern "C" fn cuInit(flags: c_uint) -> u32 {
+    // DAPI 6.3: "Currently, the Flags parameter must be 0."
     answer(|| if flags == 0 { device::initialize() } else { Err(Status::INVALID_VALUE) })
 }
 
@@ -19,6 +20,7 @@ extern "C" fn cuDriverGetVersion(version: Out<c_int>) -> u32 {
     answer(|| version.give(SETTINGS.driver_version))
 }
 
+/// DAPI 6.2: "If the error code is not recognized, CUDA_ERROR_INVALID_VALUE will be returned"; [`cuGetErrorString`] likewise.
 #[unsafe(no_mangle)]
 extern "C" fn cuGetErrorName(code: u32, name: Out<*const c_char>) -> u32 {
     answer(|| name.give(Status::describe(code).ok_or(Status::INVALID_VALUE)?.0.as_ptr()))
@@ -58,6 +60,7 @@ extern "C" fn cuDeviceGetPCIBusId(text: *mut c_char, len_bytes: c_int, number: c
     })
 }
 
+/// Stricter than CUDA, whose reference only says that `len` is the "maximum length of string": what does not fit is refused.
 fn copy_text(text: &str, to: *mut c_char, len_bytes: c_int) -> Result<()> {
     if usize::try_from(len_bytes).unwrap_or(0) <= text.len() {
         return Err(Status::INVALID_VALUE);
