@@ -50,10 +50,4 @@ impl Calls {
     pub(super) fn note_issued(&mut self, operations: u64) {
         self.issued += operations;
     }
-
-    /// The last `operations` have not been issued after all.
-    #[cfg(all(feature = "cuda", not(loom)))]
-    pub(super) fn take_back(&mut self, operations: u64) {
-        self.issued -= operations.min(self.issued);
-    }
 }

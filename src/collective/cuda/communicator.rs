@@ -1,8 +1,10 @@
 //! The communicator of devices: validates, gives an order, launches.
 
+mod leaving;
+
 use std::any::Any;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::cohort::{Failure, Part};
 use super::connect::{Connection, Meeting, Runner, Transport, together};
@@ -18,15 +20,13 @@ use crate::collective::calls::Calls;
 use crate::collective::descriptor::{Descriptor, Kind, Partials};
 use crate::collective::membership;
 use crate::collective::operands::{Extent, all_shards, check_extent};
-use crate::device::cuda::{Buffer, Device, Event, Kernels, Shape, Stream, View};
+use crate::device::cuda::{Buffer, Capture, Device, Event, Graph, Kernels, Shape, Stream, View};
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::schedule::Algorithm;
 use crate::world::{Outpost, Region, Watch, World};
 use bytemuck::Zeroable;
 
-/// What the host waits beyond the kernels' own deadline.
-const GRACE: Duration = Duration::from_secs(5);
 /// Said of an operation that cannot be part of a graph.
 const NOT_CAPTURED: &str = "a collective of ranks that share a device";
 
@@ -57,8 +57,10 @@ pub struct Options {
 /// communicator's operations before it, also those on other streams. What went wrong in it is told by
 /// [`check`](Communicator::check) and [`synchronize`](Communicator::synchronize), and by every later call.
 ///
-/// An operation can be captured in a graph where every rank has a device of its own ([`Way::Persistent`]), and not else. The
-/// graph keeps the memory of the communicator, also that of peers: it is given back with the last of both.
+/// An operation can be captured in a graph ([`Stream::capture`]) where every rank has a device of its own ([`Way::Persistent`]),
+/// and not else. It is issued whenever the graph is launched: each time [`before_launch`](Communicator::before_launch) has to be
+/// called first, for the one order to hold. The graph keeps the memory of the communicator, also that of peers: it is given
+/// back with the last of both.
 /// By [`Way::Cooperative`] a call first waits until the other ranks on the device have called, no longer than the timeout:
 /// ranks that share a device must issue the operations of all their communicators in the same order; the others should, see
 /// [`Way`]. By [`Way::Stepped`] a call may wait for room in the stream, as one that launches many kernels.
@@ -79,8 +81,17 @@ pub struct Communicator {
     calls: Calls,
     /// Stream of the operation issued last: the next one runs behind it.
     last: Option<Stream>,
+    captured: Option<Captured>,
     order: Event,
     history: History,
+}
+
+/// Operations in a graph that is being captured, or was.
+struct Captured {
+    capture: Capture,
+    /// Of the last one: the next one in the graph runs behind it.
+    stream: Stream,
+    operations: u64,
 }
 
 impl Communicator {
@@ -150,6 +161,7 @@ impl Communicator {
             records,
             calls: Calls::new(world.world_size(), (options.algorithm, options.partials)),
             last: None,
+            captured: None,
             history: History::new(world, group, timeout),
         })
     }
@@ -288,6 +300,28 @@ impl Communicator {
         done
     }
 
+    /// To be called before every launch of `graph` on `stream`, where operations of this communicator were captured in it. They
+    /// are issued by that: they run behind those issued before, on whichever streams, and before those that follow.
+    ///
+    /// Without it the graph's operations have no place in the order: whether they run behind those on other streams, before
+    /// or at the same time is left to chance, and then results and errors are, too; and a rank that waits in one for a
+    /// peer that has left is told at the deadline only.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] after an earlier error; [`Error::InvalidArgument`] for a stream of another device;
+    /// [`Error::Capture`] if the stream captures. What the driver says ends the job.
+    pub fn before_launch(&mut self, graph: &Graph, stream: &Stream) -> Result<()> {
+        self.check().map_err(|fault| Error::Poisoned { cause: Box::new(fault) })?;
+        self.check_stream(stream)?;
+        stream.check_eager("cuGraphLaunch")?;
+        // Each operation in it has had the memory kept.
+        let operations = self.held.as_ref().map_or(0, |held| graph.count_kept(held));
+        self.line_up(stream).map_err(|error| self.world.fail(error))?;
+        self.calls.note_issued(operations as u64);
+        self.records.note_issued(operations as u32);
+        Ok(())
+    }
+
     // ---- issuing -----------------------------------------------------------------------------------------------------
 
     fn call(&self, kind: Kind, dtype: DType, len_elems: usize, op: ReduceOp, root: u32) -> Result<Descriptor> {
@@ -341,12 +375,7 @@ impl Communicator {
         // A graph may outlive the communicator, too: without peers its kernels wait until their deadline, in memory that is there.
         self.held.iter().for_each(|held| stream.keep(held));
         self.line_up(stream).map_err(|error| self.world.fail(error))?;
-        self.calls.note_issued(1);
-        self.records.note_issued(1);
-        // SAFETY: the region is the group's, and `world` is alive.
-        unsafe { Page::of(self.region, self.rank()) }.remember(&call);
-        self.history.note_finished(self.records.finished());
-        self.history.note_started(&call);
+        self.note(call, stream);
         // SAFETY: arguments of this rank for `plan`, made just now.
         unsafe { self.enqueue(call, &plan, arguments, stream) }.map_err(|error| self.world.fail(error))
     }
@@ -431,18 +460,38 @@ impl Communicator {
         arguments
     }
 
-    /// One order: the operation issued last, on another stream, comes first.
+    /// One order: the operation issued last, on another stream, comes first. In a graph that is the one captured last; what was
+    /// issued outside comes before the whole graph, when that is launched.
     fn line_up(&mut self, stream: &Stream) -> Result<()> {
-        match &self.last {
-            Some(last) if last.is_same(stream) => return Ok(()),
-            Some(last) => {
-                last.record(&self.order)?;
-                stream.wait(&self.order)?;
-            }
-            None => {}
+        let captured = self.captured.as_ref().filter(|captured| captured.capture.is_open());
+        let before = captured.map(|captured| &captured.stream).or(self.last.as_ref());
+        let is_edge = captured.is_some() || stream.open_capture().is_none();
+        if let Some(before) = before.filter(|before| is_edge && !before.is_same(stream)) {
+            before.record(&self.order)?;
+            stream.wait(&self.order)?; // which takes it into the capture of the other, if that captures
         }
-        self.last = Some(stream.clone());
+        if stream.open_capture().is_none() {
+            self.last = Some(stream.clone());
+        }
         Ok(())
+    }
+
+    /// Counts an operation that is about to be enqueued, or captured: that one has its number when it is launched.
+    fn note(&mut self, mut call: Descriptor, stream: &Stream) {
+        // SAFETY: the region is the group's, and `world` is alive.
+        let page = unsafe { Page::of(self.region, self.rank()) };
+        if let Some(capture) = stream.open_capture() {
+            let same = self.captured.take().filter(|captured| captured.capture.is_open());
+            let operations = same.map_or(0, |captured| captured.operations);
+            self.captured = Some(Captured { capture, stream: stream.clone(), operations: operations + 1 });
+            call.sequence += operations; // beside the others of the graph, so that peers are told its name
+            return page.remember(&call);
+        }
+        self.calls.note_issued(1);
+        self.records.note_issued(1);
+        page.remember(&call);
+        self.history.note_finished(self.records.finished());
+        self.history.note_started(&call);
     }
 
     /// An operation that runs, and that nothing on the device puts before what is enqueued on this rank's stream from now on:
@@ -473,24 +522,6 @@ impl Communicator {
         let reason = format!("{:?}: the host has a part in every operation", self.way());
         Err(Error::Capture { device: self.device.ordinal(), operation: NOT_CAPTURED, reason })
     }
-
-    /// Operations issued so far.
-    pub(crate) fn sequence(&self) -> u64 {
-        self.calls.issued()
-    }
-
-    /// The last `operations` were captured in a graph and have not run.
-    pub(crate) fn note_captured(&mut self, operations: u64) {
-        self.calls.take_back(operations);
-        self.records.note_issued((operations as u32).wrapping_neg());
-        self.history.take_back(operations);
-    }
-
-    /// A graph with so many was launched.
-    pub(crate) fn note_replayed(&mut self, operations: u64) {
-        self.calls.note_issued(operations);
-        self.records.note_issued(operations as u32);
-    }
 }
 
 /// A peer that did not come because it has left is lost, not late.
@@ -513,54 +544,5 @@ impl std::fmt::Debug for Communicator {
             .field("device", &self.device.ordinal())
             .field("sequence", &self.calls.issued())
             .finish_non_exhaustive()
-    }
-}
-
-// ---- leaving ---------------------------------------------------------------------------------------------------------
-
-/// Whether `stream` comes to its end by `patience` from now. That of a device that has failed has: it runs nothing.
-fn ends(stream: &Stream, patience: Duration) -> bool {
-    !matches!(stream.synchronize(patience), Err(Error::Stream { .. }))
-}
-
-impl Communicator {
-    /// Ends all waits of the operations on `last`, again and again: where they run by steps, peers may still count. Whether
-    /// the stream came to its end.
-    fn abort(&self, last: &Stream) -> bool {
-        let start = Instant::now();
-        while start.elapsed() < GRACE {
-            self.records.abort();
-            if ends(last, Duration::from_millis(10)) {
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Keeps for ever what kernels may still use. To free it would be to wait for them.
-    fn abandon(&mut self) {
-        std::mem::forget((self.held.take(), self.watch.take(), self.kernels.clone()));
-    }
-}
-
-impl Drop for Communicator {
-    /// Waits, no longer than an operation may take, for the kernels in flight; then unmaps what belongs to others, and frees
-    /// the own staging when nobody has it mapped any more. Not in a capture: its stream cannot be asked for the end of what was
-    /// enqueued before, and to free anything would end it.
-    fn drop(&mut self) {
-        if let Some(last) = self.last.take() {
-            let start = Instant::now();
-            let patience = self.timeout.saturating_add(GRACE);
-            let captures = matches!(last.check_eager("leaving a communicator"), Err(Error::Capture { .. }));
-            let mut has_ended = false;
-            while !captures && !has_ended && self.world.fault().is_none() && start.elapsed() < patience {
-                has_ended = ends(&last, Duration::from_millis(10));
-            }
-            if captures || !has_ended && !self.abort(&last) {
-                tracing::warn!(rank = self.rank(), stream = last.name(), "a communicator's memory is kept for ever");
-                return self.abandon();
-            }
-        }
-        drop(self.watch.take()); // before the area, at which it looks
     }
 }

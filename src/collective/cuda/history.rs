@@ -51,13 +51,4 @@ impl History {
             self.unfinished.pop_front();
         }
     }
-
-    /// The last `operations` will not run: they were captured.
-    pub(super) fn take_back(&mut self, operations: u64) {
-        for _ in 0..operations {
-            if let Some((_, id)) = self.unfinished.pop_back() {
-                self.world.record_end(id, telemetry::now_ns());
-            }
-        }
-    }
 }

@@ -14,6 +14,7 @@ use super::stepped::Waits;
 use crate::abi::collective::{Awaited, FaultRecord, Reason};
 use crate::device::cuda::{Device, Pinned};
 use crate::error::{Error, Result};
+use crate::world::flag::reached;
 use crate::world::{Outpost, Region};
 
 const ABORT_AT: usize = 0;
@@ -170,7 +171,8 @@ impl Outpost for Records {
     fn is_stuck(&self) -> bool {
         // By the monitor alone.
         let (finished, [seen, beats]) = (self.finished(), &self.seen);
-        let waits = finished != self.issued.load(Ordering::Relaxed);
+        // More have ended than were issued where a graph was launched without a word.
+        let waits = !reached(finished, self.issued.load(Ordering::Relaxed));
         let stays = seen.swap(finished, Ordering::Relaxed) == finished;
         let count = if waits && stays { beats.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
         beats.store(count, Ordering::Relaxed);

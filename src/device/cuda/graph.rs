@@ -17,7 +17,7 @@ use cudarc::driver::sys;
 use super::bindings::{
     cuGraphDestroy, cuGraphExecDestroy, cuGraphInstantiate, cuGraphLaunch, cuStreamBeginCapture, cuStreamEndCapture,
 };
-use super::context::Device;
+use super::context::{Device, Uuid};
 use super::stream::Stream;
 use crate::error::{Error, Result};
 
@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 pub struct Graph {
     device: Device,
     executable: sys::CUgraphExec,
-    _kept: Kept,
+    kept: Kept,
 }
 
 type Kept = Vec<Box<dyn Any + Send + Sync>>;
@@ -38,7 +38,9 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Enqueues the whole work on `stream`: after what was enqueued there before, and after the launch before this one.
+    /// Enqueues the whole work on `stream`: after what was enqueued there before, and after the launch before this one. Where
+    /// collectives are in it, their communicator is told first, by
+    /// [`before_launch`](crate::collective::cuda::Communicator::before_launch).
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a stream of another device; [`Error::Capture`] if it captures; what the driver says.
@@ -54,6 +56,14 @@ impl Graph {
         access.check_eager("cuGraphLaunch")?;
         // SAFETY: both live; what the work uses is kept by the graph.
         self.device.check(unsafe { cuGraphLaunch(self.executable, access.raw()) })
+    }
+
+    /// How many times the work has had it keep `owner`.
+    pub(crate) fn count_kept(&self, owner: &Arc<dyn Any + Send + Sync>) -> usize {
+        let is_owner = |kept: &&Box<dyn Any + Send + Sync>| {
+            kept.downcast_ref::<Arc<dyn Any + Send + Sync>>().is_some_and(|kept| Arc::ptr_eq(kept, owner))
+        };
+        self.kept.iter().filter(is_owner).count()
     }
 }
 
@@ -76,7 +86,7 @@ impl std::fmt::Debug for Graph {
 
 /// A capture, as the streams and events in it know it.
 #[derive(Clone)]
-pub(super) struct Capture(Arc<State>);
+pub(crate) struct Capture(Arc<State>);
 
 struct State {
     /// The thread that captures. Work of others is refused: it could not be kept alive without a race.
@@ -94,7 +104,7 @@ impl Capture {
         self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.kept().is_some()
     }
 
@@ -133,7 +143,7 @@ impl Stream {
         // SAFETY: as above, and destroyed once; what was instantiated from it lives on.
         let destroyed = unsafe { cuGraphDestroy(graph) };
         device.check(made)?;
-        let graph = Graph { device: device.clone(), executable, _kept: kept };
+        let graph = Graph { device: device.clone(), executable, kept };
         device.check(destroyed)?;
         Ok(graph)
     }
@@ -152,19 +162,20 @@ struct Open<'s> {
     stream: &'s Stream,
     capture: Capture,
     is_ended: bool,
+    _entry: Entry,
 }
 
 impl<'s> Open<'s> {
     fn begin(stream: &'s Stream) -> Result<Open<'s>> {
         let mut access = stream.access()?;
         access.check_eager("cuStreamBeginCapture")?;
-        let capture = Capture::new();
+        let (capture, entry) = (Capture::new(), Entry::add(stream.device().uuid()));
         // Other threads go on as they like; this one is held to what a graph can repeat.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives, in the current context.
         stream.device().check(unsafe { cuStreamBeginCapture(access.raw(), mode) })?;
         access.join(&capture);
-        Ok(Open { stream, capture, is_ended: false })
+        Ok(Open { stream, capture, is_ended: false, _entry: entry })
     }
 
     fn end(&mut self) -> Result<(sys::CUgraph, Kept)> {
@@ -197,5 +208,47 @@ impl Drop for Open<'_> {
             // SAFETY: captured just now, and used by nobody.
             let _ = unsafe { cuGraphDestroy(graph) };
         }
+    }
+}
+
+// ---- which captures are open -------------------------------------------------------------------------------------------
+
+/// Of this process: on which device, by which thread.
+static OPEN: Mutex<Vec<(Uuid, ThreadId)>> = Mutex::new(Vec::new());
+
+fn all_open() -> MutexGuard<'static, Vec<(Uuid, ThreadId)>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One of [`OPEN`], as long as it lives.
+struct Entry(Uuid, ThreadId);
+
+impl Entry {
+    fn add(device: Uuid) -> Entry {
+        let thread = std::thread::current().id();
+        all_open().push((device, thread));
+        Entry(device, thread)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let mut open = all_open();
+        if let Some(at) = open.iter().position(|entry| *entry == (self.0, self.1)) {
+            open.swap_remove(at);
+        }
+    }
+}
+
+/// Whether the calling thread captures, on whichever device: it may do little else then.
+pub(crate) fn captures_here() -> bool {
+    let own = std::thread::current().id();
+    all_open().iter().any(|(_, thread)| *thread == own)
+}
+
+impl Device {
+    /// Whether a thread captures on one of its streams. To wait for all that it does would end that.
+    pub(crate) fn is_captured(&self) -> bool {
+        all_open().iter().any(|(device, _)| *device == self.uuid())
     }
 }

@@ -41,6 +41,7 @@ pub use context::{Device, Uuid};
 pub use driver::{Driver, OLDEST_DRIVER};
 pub use event::Event;
 pub use graph::Graph;
+pub(crate) use graph::{Capture, captures_here};
 pub use modules::{Kernels, Shape};
 pub use peers::PeerAccess;
 pub use pool::Pool;

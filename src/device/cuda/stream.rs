@@ -129,6 +129,21 @@ impl Stream {
         until_ready(&self.0.device, &self.0.name, timeout, ask)
     }
 
+    /// Whether everything enqueued so far has run. While it asks, no capture begins on the stream, which would be ended by that.
+    ///
+    /// # Errors
+    /// [`Error::Capture`] if the stream captures; what the device failed with.
+    pub(crate) fn has_run(&self) -> Result<bool> {
+        let access = self.access()?;
+        access.check_eager("cuStreamQuery")?;
+        // SAFETY: a live stream, in the current context.
+        let answer = unsafe { cuStreamQuery(access.raw()) };
+        if answer.is(sys::CUresult::CUDA_ERROR_NOT_READY) {
+            return Ok(false);
+        }
+        self.0.device.check(answer).map(|()| true)
+    }
+
     /// Makes everything enqueued after this call run when the u32 at `address` has reached `value`, on the circle. No kernel
     /// waits meanwhile, and neither does the host.
     ///
@@ -183,7 +198,7 @@ impl Stream {
     }
 
     /// The capture in progress that the stream takes part in.
-    pub(super) fn open_capture(&self) -> Option<Capture> {
+    pub(crate) fn open_capture(&self) -> Option<Capture> {
         self.slot().clone().filter(Capture::is_open)
     }
 

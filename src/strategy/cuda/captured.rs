@@ -39,8 +39,6 @@ pub struct CapturedStep {
     pub(crate) graph: Graph,
     /// That of the measurement in it, for the number of each replay.
     pub(crate) norm: DeviceNorm,
-    /// Collective operations in it.
-    pub(crate) operations: u64,
     pub(crate) clip: StepClip,
 }
 
@@ -62,17 +60,11 @@ impl DeviceBackend {
         self.watch.get_mut().is_paused = is_capturing;
     }
 
-    /// Collective operations issued so far.
-    pub fn operations(&self) -> u64 {
-        self.communicator.sequence()
-    }
-
     /// Puts back what the host counted in a capture, which has not run.
-    pub fn take_back(&mut self, optimizer: &DeviceOptimizer, norm: &DeviceNorm, operations: u64) {
+    pub fn take_back(&self, optimizer: &DeviceOptimizer, norm: &DeviceNorm) {
         let mut running = lock(&optimizer.running);
         norm.take_back(&mut running.norm);
         running.calls = running.calls.saturating_sub(1);
-        self.communicator.note_captured(operations);
     }
 
     /// Enqueues a captured step: behind everything eager on both streams, and before what comes.
@@ -85,12 +77,12 @@ impl DeviceBackend {
         self.set_learning_rate(optimizer, learning_rate)?;
         self.communication.record(&self.reduced)?;
         self.place.compute.wait(&self.reduced)?;
+        self.communicator.before_launch(&step.graph, &self.place.compute)?;
         let part = self.part("captured step", lock(&optimizer.running).calls as u32, |counters| &counters.step_ns);
         self.watch.get_mut().time(&self.place.compute, part, || step.graph.launch(&self.place.compute))?;
         self.place.compute.record(&self.filled)?;
         self.communication.wait(&self.filled)?;
         self.place.compute.record(&self.step_done)?;
-        self.communicator.note_replayed(step.operations);
         let mut running = lock(&optimizer.running);
         running.calls += 1;
         let ticket = running.norm.replayed();

@@ -29,7 +29,6 @@ impl Replica {
         self.join(optimizer.module)?;
         self.synchronize()?;
         self.zero_gradients(optimizer)?;
-        let before = self.on_device()?.operations();
         self.on_device()?.set_capturing(true);
         let mut norm = None;
         let captured = compute.capture(|| {
@@ -45,14 +44,13 @@ impl Replica {
         self.zero_gradients(optimizer)?;
         let device = self.on_device()?;
         device.set_capturing(false);
-        let operations = device.operations() - before;
         match (captured, norm, &optimizer.core.memory) {
             (Ok(graph), Some(norm), OptimizerMemory::Device(on)) => {
-                device.take_back(on, &norm, operations);
-                Ok(CapturedStep { graph, norm, operations, clip })
+                device.take_back(on, &norm);
+                Ok(CapturedStep { graph, norm, clip })
             }
             (captured, ..) => {
-                // The host has counted operations that will never run, and may be one of several ranks that did.
+                // The host has counted a step that will never run, and may be one of several ranks that did.
                 Err(self.gate.fail(captured.err().unwrap_or_else(on_host)))
             }
         }
