@@ -67,6 +67,7 @@ pub(crate) fn allocate(len_bytes: usize, kind: Kind, number: usize) -> Result<u6
         device::charge(number, len_bytes)?;
     }
     let made = new_memory(len_bytes, number).and_then(|memory| Mapping::of_memory(memory, len_bytes));
+    // DAPI 6.13: among the codes of `cuMemAlloc` and `cuMemHostAlloc`.
     let Ok(mapping) = made else {
         if !kind.is_host() {
             device::give_back(number, len_bytes);
@@ -79,7 +80,9 @@ pub(crate) fn allocate(len_bytes: usize, kind: Kind, number: usize) -> Result<u6
     Ok(address)
 }
 
-/// Takes the allocation that begins at `address` out of the table, if it is of a kind that `accepts`.
+/// Takes the allocation that begins at `address` out of the table, if it is of a kind that `accepts`. DAPI 6.13, `cuMemFree`
+/// and its like: the pointer "must have been returned by a previous call" of the function that goes with it; and
+/// CUDA_ERROR_INVALID_VALUE is among the codes.
 pub(crate) fn remove(address: u64, call: &str, accepts: impl Fn(Kind) -> bool) -> Result<Allocation> {
     let removed = change(|table| match table.get(&address) {
         Some(allocation) if accepts(allocation.kind) => table.remove(&address).ok_or(Status::INVALID_VALUE),
@@ -115,7 +118,8 @@ pub(crate) fn range(address: u64, len_bytes: usize) -> Result<(Allocation, usize
     }
 }
 
-/// As [`range`], when the stream's or the graph's turn has come: what was freed by then is an illegal address.
+/// As [`range`], when the stream's or the graph's turn has come: what was freed by then is an illegal address (DAPI 6.1,
+/// CUDA_ERROR_ILLEGAL_ADDRESS: "on an invalid memory address").
 pub(crate) fn range_now(number: usize, address: u64, len_bytes: usize) -> Option<(Allocation, usize)> {
     let found = range(address, len_bytes).ok();
     if found.is_none() {

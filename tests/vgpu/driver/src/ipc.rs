@@ -23,7 +23,8 @@ const LAZY_ENABLE_PEER_ACCESS: u32 = 1;
 /// Open handles, how often each is open, and at which address.
 static OPEN: LazyLock<Mutex<HashMap<Handle, (u64, u32)>>> = LazyLock::new(Mutex::default);
 
-/// DAPI 6.13, `cuIpcGetMemHandle`: "dptr: Base pointer to previously allocated device memory".
+/// DAPI 6.13, `cuIpcGetMemHandle`: "dptr: Base pointer to previously allocated device memory"; CUDA_ERROR_INVALID_VALUE is
+/// among its codes.
 pub(crate) fn export(address: u64) -> Result<Handle> {
     device::current()?;
     let table = allocations::table();
@@ -38,6 +39,7 @@ pub(crate) fn export(address: u64) -> Result<Handle> {
     let (Some(memory), Some(descriptor)) = (allocation.mapping.memory(), allocation.mapping.descriptor()) else {
         return Err(Status::INVALID_VALUE);
     };
+    // DAPI 6.1, CUDA_ERROR_OPERATING_SYSTEM: "an OS call failed"; so below.
     let inode = rustix::fs::fstat(memory).map_err(|_| Status::OPERATING_SYSTEM)?.st_ino;
     let process = u64::from(std::process::id());
     let fields = [
@@ -58,6 +60,8 @@ pub(crate) fn export(address: u64) -> Result<Handle> {
 /// DAPI 6.13, `cuIpcOpenMemHandle`: a handle that is open already gives the same pointer and counts once more.
 pub(crate) fn open(handle: Handle, flags: u32) -> Result<u64> {
     let current = device::current()?;
+    // "Must be specified as CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS"; INVALID_VALUE, INVALID_CONTEXT, INVALID_HANDLE and MAP_FAILED
+    // are the function's codes.
     if flags != LAZY_ENABLE_PEER_ACCESS {
         return refuse(Status::INVALID_VALUE, "cuIpcOpenMemHandle without CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS");
     }
@@ -71,6 +75,7 @@ pub(crate) fn open(handle: Handle, flags: u32) -> Result<u64> {
         return refuse(Status::INVALID_CONTEXT, "cuIpcOpenMemHandle in the process that made the handle");
     }
     let exporter = usize::try_from(number).map_err(|_| Status::INVALID_VALUE)?;
+    // "as if the user called cuCtxEnablePeerAccess", whose code this is.
     if exporter != current && !device::can_access_peer(current as i32, exporter as i32)? {
         return refuse(Status::PEER_ACCESS_UNSUPPORTED, "cuIpcOpenMemHandle of a device that is no peer");
     }
@@ -96,7 +101,8 @@ pub(crate) fn open(handle: Handle, flags: u32) -> Result<u64> {
     Ok(address)
 }
 
-/// DAPI 6.13, `cuIpcCloseMemHandle`: unmaps with the last close.
+/// DAPI 6.13, `cuIpcCloseMemHandle`: unmaps with the last close. "dptr: Device pointer returned by cuIpcOpenMemHandle";
+/// CUDA_ERROR_INVALID_VALUE is among its codes.
 pub(crate) fn close(address: u64) -> Result<()> {
     device::current()?;
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
