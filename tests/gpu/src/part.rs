@@ -83,14 +83,14 @@ impl Part {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// When its process is ended.
+    /// When its process is ended: later than its own limits would end it.
     fn limit(self, scale: Scale) -> Duration {
-        let full_s = match self {
-            Part::Sanitizer | Part::Threads => 150,
+        Duration::from_secs(match self {
+            Part::Sanitizer => sanitizer::limit(scale).as_secs() + 10,
+            Part::Threads => 150,
             Part::Operations | Part::Casts | Part::Long | Part::PyTorch => 90,
             _ => 60,
-        };
-        Duration::from_secs(if scale == Scale::Full { full_s } else { 60 })
+        })
     }
 
     /// Does the work in this process; what is found goes to standard output.
@@ -105,7 +105,7 @@ impl Part {
             Part::Long => check::long::run(scale),
             Part::Threads => shared::threads::run(scale),
             Part::Processes => shared::processes::run(scale),
-            Part::Sanitizer => sanitizer::run(),
+            Part::Sanitizer => sanitizer::run(scale),
             Part::Operations => time::operations(scale),
             Part::Collectives => shared::threads::time(scale),
             Part::HostCost => time::host_cost(scale),

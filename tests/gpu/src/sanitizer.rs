@@ -39,21 +39,24 @@ const LEFT_OUT: [&str; 4] = [
 ];
 
 /// Of all.
-const LIMIT: Duration = Duration::from_secs(140);
+pub fn limit(scale: Scale) -> Duration {
+    Duration::from_secs(if scale == Scale::Full { 140 } else { 40 })
+}
+
 /// Of one, so that one that hangs leaves time for the others.
-const RUN_LIMIT: Duration = Duration::from_secs(40);
+const RUN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Runs the short form of the comparisons under each tool. A finding, or a comparison that fails, is a failure.
 ///
 /// # Errors
 /// None but this program's own path.
-pub fn run() -> Result<()> {
+pub fn run(scale: Scale) -> Result<()> {
     let Some(sanitizer) = find() else {
         say(&Record::Skipped("compute-sanitizer is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin".to_owned()));
         return Ok(());
     };
     LEFT_OUT.iter().for_each(|what| say(&Record::Skipped((*what).to_owned())));
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + limit(scale);
     for (tool, part) in RUNS {
         let what = format!("{tool} over {}", part.name());
         match under(&sanitizer, tool, part, deadline.min(Instant::now() + RUN_LIMIT)) {
