@@ -104,7 +104,7 @@ fn all_reduce_matches<T: Element>(world_size: u32, options: &CollectiveOptions) 
             let inputs: Vec<Vec<T>> = (0..world_size).map(|rank| input::<T>(rank, *count)).collect();
             for (form, actual) in forms {
                 let what = format!("{form} {op} of {count} x {} on rank {rank} of {world_size}", T::DTYPE);
-                if options.algorithm == Some(Algorithm::Ring) && actual.len() * T::DTYPE.size_bytes() > 32 << 10 {
+                if options.algorithm == Some(Algorithm::Ring) && actual.len() * T::DTYPE.size_bytes() > 256 << 10 {
                     ring_matches(&what, actual, &inputs, *op, options.partials);
                 } else if options.algorithm.is_none() {
                     assert_same(&what, actual, &reference::all_reduce(&inputs, *op).unwrap());

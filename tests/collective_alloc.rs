@@ -38,7 +38,7 @@ impl Steps {
         let arena = Arena::new(world);
         let ranks = world.world_size() as usize;
         let mut pairs = Vec::new();
-        for shard in [33, 50_000] {
+        for shard in [33, 150_000] {
             let private = |len: usize| Buffer::zeroed(DType::BF16, len).unwrap();
             let registered = |len: usize| arena.alloc(DType::F32, len).unwrap();
             pairs.push(Some((private(shard), private(ranks * shard))));

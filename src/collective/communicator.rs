@@ -1,6 +1,7 @@
 //! The communicator: validates, gives an order, hands to a stream.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use super::calls::Calls;
@@ -28,7 +29,7 @@ type Held<'a> = [Option<&'a Arc<dyn Memory>>; 2];
 #[derive(Clone, Default)]
 pub struct CollectiveOptions {
     /// Force an algorithm; by default the library chooses by size and memory (all choices but `Ring` add in rank order
-    /// and give the same bits). Payload small enough for one step (64 KiB at most, less with more ranks or registered
+    /// and give the same bits). Payload small enough for one step (256 KiB at most, less with more ranks or registered
     /// memory) is added in rank order whatever is asked.
     pub algorithm: Option<Algorithm>,
     /// How partial sums of 16-bit floats travel in a ring.
@@ -85,6 +86,7 @@ impl Communicator {
         let group = Group {
             region,
             hand_over: HandOver::default(),
+            one_steps: AtomicU32::new(0),
             index,
             rank,
             pacing: world.pacing(),

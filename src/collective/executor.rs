@@ -1,7 +1,7 @@
 //! Runs one operation of one rank on the host: agree, then move.
 //!
 //! ```text
-//!   write call[g%2] (and, if the payload is small, mailbox[g%2]);  post arrived g
+//!   write call[g%2] (and, if the payload is small, the mailbox);  post arrived g
 //!   for every peer: wait arrived g; its descriptor differs? error on every rank, no payload was moved
 //!   alone     a group of one: the same arithmetic, nobody to meet
 //!   one step  small payload: read everybody's mailbox                                       (no second meeting)
@@ -16,6 +16,7 @@
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::area::{Area, Call, MAILBOX_BYTES, PRIVATE};
@@ -32,9 +33,9 @@ use crate::world::{Region, World};
 /// staging. With more ranks it is the payloads of all together that count, because every rank reads everybody's whole
 /// (see BENCHMARKS.md).
 const ONE_STEP_MAPPED_BYTES: usize = 2 << 10;
-const ONE_STEP_STAGED_BYTES: usize = 64 << 10;
+const ONE_STEP_STAGED_BYTES: usize = 256 << 10;
 const ONE_STEP_MAPPED_ALL_BYTES: usize = 32 << 10;
-const ONE_STEP_STAGED_ALL_BYTES: usize = 64 << 10;
+const ONE_STEP_STAGED_ALL_BYTES: usize = 128 << 10;
 const _: () = assert!(ONE_STEP_STAGED_BYTES <= MAILBOX_BYTES && ONE_STEP_STAGED_ALL_BYTES / 3 <= MAILBOX_BYTES);
 
 /// Copies from here on do not go through libc, whose large copies bypass the cache: 16 against 29 GB/s (read + write) at
@@ -74,6 +75,8 @@ pub(super) struct Group {
     pub(super) members: Vec<u32>,
     pub(super) region: Region,
     pub(super) hand_over: HandOver,
+    /// One-step operations so far, of every rank as many. Relaxed: this rank's alone.
+    pub(super) one_steps: AtomicU32,
     pub(super) pacing: Pacing,
     pub(super) timeout: Duration,
     pub(super) warn_after: Duration,
@@ -90,6 +93,12 @@ impl Group {
         // made, and is mapped as long as `world` lives; an `Area` is valid for all bytes and changed only through its
         // atomics and cells. `rank` is below the group's size at every call.
         unsafe { self.region.ptr.cast::<Area>().add(rank as usize).as_ref() }
+    }
+
+    /// The mailboxes' turn in the next operation, or in this one, if it is of one step. Not the generation: operations between
+    /// that use no mailbox, such as barriers, would leave every other place unused.
+    fn mailbox_turn(&self) -> u32 {
+        self.one_steps.load(Ordering::Relaxed)
     }
 
     pub(super) fn peers(&self) -> impl Iterator<Item = u32> {
@@ -191,7 +200,9 @@ impl Run<'_> {
             if self.job.descriptor.kind() == Kind::Barrier {
                 Ok(())
             } else if calls.as_slice().iter().all(|call| self.is_in_mailbox(call)) {
-                self.one_step(generation)
+                self.one_step()?;
+                group.one_steps.store(group.mailbox_turn().wrapping_add(1), Ordering::Relaxed);
+                Ok(())
             } else if self.job.descriptor.algorithm() == Algorithm::Ring {
                 super::ring::run(self)
             } else if let Some((srcs, dsts)) = self.mapped_operands(&calls)? {
@@ -229,13 +240,13 @@ impl Run<'_> {
         let offset = |operand: Operand| operand.arena_offset_bytes.map_or(PRIVATE, |offset| offset as u64);
         let call =
             Call { descriptor: job.descriptor, src_offset_bytes: offset(job.src), dst_offset_bytes: offset(job.dst) };
-        // SAFETY: this rank writes its own cell and mailbox of generation g; peers have read those of g-2, because they
-        // arrived at g-1 and this rank saw that. They read these after `arrived` is posted.
+        // SAFETY: this rank writes its own cell of generation g; peers have read that of g-2, because they arrived at g-1 and
+        // this rank saw that; and so they have read the mailbox of two turns ago. They read these after `arrived` is posted.
         unsafe {
             mine.call[parity].0.get().write(call);
             if self.is_in_mailbox(&call) && self.contributes() {
                 let bytes = self.payload_bytes().unwrap_or(0);
-                group.hand_over.copy(job.src.ptr, mine.mailbox[parity].as_ptr(), bytes);
+                group.hand_over.copy(job.src.ptr, mine.mailbox.place(group.mailbox_turn(), bytes), bytes);
             }
         }
         mine.arrived.post(generation);
@@ -279,11 +290,12 @@ impl Run<'_> {
     ///
     /// # Safety
     /// As for [`execute`], after [`meet`](Run::meet) with mailboxes.
-    unsafe fn one_step(&self, generation: u32) -> Result<()> {
-        let (group, descriptor, parity) = (self.group, &self.job.descriptor, generation as usize % 2);
+    unsafe fn one_step(&self) -> Result<()> {
+        let (group, descriptor, turn) = (self.group, &self.job.descriptor, self.group.mailbox_turn());
+        let bytes = self.payload_bytes().unwrap_or(0);
         let mut inputs = PerRank::new(self.job.src.ptr.cast_const(), group.world_size());
         for peer in group.peers() {
-            inputs.set(peer, group.area(peer).mailbox[parity].as_ptr().cast_const());
+            inputs.set(peer, group.area(peer).mailbox.place(turn, bytes).cast_const());
         }
         let len_elems = descriptor.len_elems as usize;
         // SAFETY: peers' mailboxes are final until this rank arrives at g+1; the rest is the caller's promise.

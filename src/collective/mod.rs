@@ -13,7 +13,7 @@
 //! # Cost on the host backend, per rank, for an all-reduce of S bytes over N ranks
 //! | path | when | bytes read + written | meetings |
 //! |---|---|---|---|
-//! | one step | S up to 2 KiB, 32 KiB / N for N > 2; private: 64 KiB, 64 KiB / N | (N+1) S + 2 S | 1 |
+//! | one step | S up to 2 KiB, 32 KiB / N for N > 2; private: 256 KiB, 128 KiB / N | (N+1) S + 2 S | 1 |
 //! | mapped | every rank's buffers are registered | S + S, the least there is | 2 |
 //! | staged | a private buffer among them | about 3 S + 2 S, the excess in cache | 3 a round |
 

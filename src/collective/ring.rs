@@ -1,11 +1,11 @@
 //! Algorithm `Ring`: the schedule's steps through the slots of each rank's link to its successor.
 //!
 //! ```text
-//!   k-th send of rank r     wait taken[r+1] >= k-2;  write slot k%2 of r;   post sent[r] = k
-//!   k-th receive of rank r  wait sent[r-1]  >= k;    use slot k%2 of r-1;   post taken[r] = k
+//!   k-th send of rank r     wait taken[r+1] >= k-2;  write slot k of r;     post sent[r] = k
+//!   k-th receive of rank r  wait sent[r-1]  >= k;    use slot k of r-1;     post taken[r] = k
 //! ```
-//! A received partial is combined into this rank's own scratch and its slot given back before the next send, so the two
-//! slots can never deadlock.
+//! A received partial is combined into this rank's own scratch and its slot given back before the next send, so two slots
+//! at a time can never deadlock.
 
 use super::area::{RESULT_BYTES, TERMS_BYTES};
 use super::descriptor::Kind;
@@ -76,7 +76,7 @@ impl Ring<'_> {
         let (mine, next) = (run.group.area(run.group.rank), run.group.area(send.peer));
         self.sent = self.sent.wrapping_add(1);
         run.wait(&next.ring_taken, self.sent.wrapping_sub(2), send.peer, "ring: slot taken")?;
-        let slot = mine.terms[self.sent as usize % 2].as_ptr();
+        let slot = mine.terms.place(self.sent, SLOT_BYTES);
         let types = (run.dtype, job.descriptor.partials());
         let len_elems = send.span.len_elems;
         // SAFETY: the successor has given the slot back; a slot and the scratch hold a chunk of partials.
@@ -106,7 +106,7 @@ impl Ring<'_> {
         let (mine, previous) = (run.group.area(run.group.rank), run.group.area(recv.peer));
         self.taken = self.taken.wrapping_add(1);
         run.wait(&previous.ring_sent, self.taken, recv.peer, "ring: chunk received")?;
-        let slot = previous.terms[self.taken as usize % 2].as_ptr();
+        let slot = previous.terms.place(self.taken, SLOT_BYTES);
         let types = (run.dtype, job.descriptor.partials());
         let span = recv.span;
         let own = run.at(job.src.ptr, span.offset_elems);
@@ -134,6 +134,6 @@ impl Ring<'_> {
 
     /// This rank's partial between a receive and the send that passes it on.
     fn scratch(&self) -> *mut u8 {
-        self.run.group.area(self.run.group.rank).result[0].as_ptr()
+        self.run.group.area(self.run.group.rank).result.place(0, SLOT_BYTES)
     }
 }

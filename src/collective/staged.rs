@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   round g (of the communicator's life)                                       waits before it
-//!   terms[g%2]  <- own terms of the others' chunks;   post sent g              all reduced g-2   (they have read terms g-2)
-//!   chunk       <- sum over ranks 0..N-1 of my chunk  (others' terms[g%2])     all sent g
-//!   result[g%2] <- chunk;                             post reduced g           all gathered g-2  (they have read result g-2)
-//!   own buffer  <- others' chunks (result[g%2]);      post gathered g          all reduced g
+//!   terms g     <- own terms of the others' chunks;   post sent g              all reduced g-2   (they have read terms g-2)
+//!   chunk       <- sum over ranks 0..N-1 of my chunk  (others' terms g)        all sent g
+//!   result g    <- chunk;                             post reduced g           all gathered g-2  (they have read result g-2)
+//!   own buffer  <- others' chunks (result g);         post gathered g          all reduced g
 //! ```
 //! The three are staggered: while round g is summed, the terms of round g+1 have been sent and the results of round g-1
 //! are taken after it; so every wait is for something a peer did one stage ago. Every operation posts all three flags
@@ -108,7 +108,7 @@ impl Staged<'_> {
                 self.wait_all(|area| &area.reduced, generation.wrapping_sub(2), "staging: terms taken")?;
                 credited = true;
             }
-            let slot = run.at(mine.terms[generation as usize % 2].as_ptr(), send.chunk as usize * self.slot_elems);
+            let slot = run.at(self.terms(mine, generation), send.chunk as usize * self.slot_elems);
             // SAFETY: everybody has read the terms of two rounds ago; owner `chunk` has its own place in the slot, which
             // holds `world_size` chunks.
             unsafe { run.hand_over(run.at(run.job.src.ptr, send.span.offset_elems), slot, send.span.len_elems) };
@@ -125,7 +125,7 @@ impl Staged<'_> {
         let (run, job, generation) = (self.run, self.run.job, self.generation(round));
         let mine = self.area(run.group.rank);
         let chunk = self.schedule.chunk(round, run.group.rank);
-        let result = mine.result[generation as usize % 2].as_ptr();
+        let result = self.result(mine, generation);
         let kind = job.descriptor.kind();
         let has_result =
             kind == Kind::AllReduce || kind == Kind::AllGather || (kind == Kind::Broadcast && chunk.len_elems > 0);
@@ -139,7 +139,7 @@ impl Staged<'_> {
                 let own = run.at(job.src.ptr, chunk.offset_elems).cast_const();
                 let mut terms = PerRank::new(own, run.group.world_size());
                 for peer in run.group.peers() {
-                    let slot = self.area(peer).terms[generation as usize % 2].as_ptr();
+                    let slot = self.terms(self.area(peer), generation);
                     terms.set(peer, run.at(slot, run.group.rank as usize * self.slot_elems).cast_const());
                 }
                 if kind == Kind::AllReduce {
@@ -170,7 +170,7 @@ impl Staged<'_> {
         for step in self.schedule.steps(run.group.rank, round) {
             let (Some(recv), Some(Action::Copy)) = (step.recv, step.action) else { continue };
             run.wait(&self.area(recv.peer).reduced, generation, recv.peer, "all_gather")?;
-            let slot = self.area(recv.peer).result[generation as usize % 2].as_ptr();
+            let slot = self.result(self.area(recv.peer), generation);
             // SAFETY: the chunk is final once its owner has posted `reduced`, until this rank posts `gathered`.
             unsafe { run.copy(slot, run.at(run.job.dst.ptr, recv.span.offset_elems), recv.span.len_elems) };
         }
@@ -180,6 +180,17 @@ impl Staged<'_> {
 
     fn steps(&self, round: u64, phase: Phase) -> impl Iterator<Item = Step> {
         self.schedule.steps(self.run.group.rank, round).filter(move |step| step.phase == phase)
+    }
+
+    /// Where `area`'s rank has its terms of a round, [`slot_elems`](Staged::slot_elems) for each owner.
+    fn terms(&self, area: &Area, generation: u32) -> *mut u8 {
+        let slot_bytes = self.slot_elems * self.run.dtype.size_bytes();
+        area.terms.place(generation, slot_bytes * self.run.group.world_size() as usize)
+    }
+
+    /// Where `area`'s rank has its finished chunk of a round.
+    fn result(&self, area: &Area, generation: u32) -> *mut u8 {
+        area.result.place(generation, self.slot_elems * self.run.dtype.size_bytes())
     }
 
     fn area(&self, rank: u32) -> &Area {

@@ -29,10 +29,10 @@ pub const MAX_RANKS: u32 = 64;
 /// Most communicators alive at once.
 pub const MAX_GROUPS: u32 = 16;
 /// Flags and staging slots of one rank in one communicator.
-pub const GROUP_AREA_BYTES: usize = 5 << 19;
+pub const GROUP_AREA_BYTES: usize = 9 << 19;
 
 /// "annulus" and the layout's number: any change of a shared structure changes it.
-const MAGIC: u64 = u64::from_le_bytes(*b"annulus\x01");
+const MAGIC: u64 = u64::from_le_bytes(*b"annulus\x02");
 /// Version of the layout below.
 pub(crate) const LAYOUT_VERSION: u32 = 1;
 
