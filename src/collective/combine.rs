@@ -224,6 +224,8 @@ mod tests {
                     combine(T::DTYPE, how, &pointers, &[fast.as_mut_ptr().cast()], a.len());
                     reduce::<T>(how, &pointers, &[portable.as_mut_ptr().cast()], a.len());
                 }
+                let value = |bits: u16| bytemuck::cast::<u16, [u8; 2]>(bits);
+                let nan = |bits: u16| is_nan(bytemuck::pod_read_unaligned(&value(bits)));
                 #[cfg(target_arch = "x86_64")]
                 if simd::level() >= simd::AVX2 {
                     let mut narrower = vec![0_u16; a.len()];
@@ -238,10 +240,10 @@ mod tests {
                         }
                     };
                     assert_eq!(done, a.len() / half256::BLOCK * half256::BLOCK);
-                    assert_eq!(narrower[..done], fast[..done], "{op:?} over {}", terms.len());
+                    // Which of two NaNs a sum keeps is the compiler's order of operands.
+                    let same = |i: &usize| narrower[*i] == fast[*i] || nan(narrower[*i]) && nan(fast[*i]);
+                    assert_eq!((0..done).find(|i| !same(i)), None, "{op:?} over {}", terms.len());
                 }
-                let value = |bits: u16| bytemuck::cast::<u16, [u8; 2]>(bits);
-                let nan = |bits: u16| is_nan(bytemuck::pod_read_unaligned(&value(bits)));
                 for (i, (fast, portable)) in fast.iter().zip(&portable).enumerate() {
                     let same = fast == portable || nan(*fast) && nan(*portable);
                     assert!(same, "{op:?} over {} at {i} ({:#06x}): {fast:#06x}, {portable:#06x}", terms.len(), a[i]);
