@@ -51,17 +51,23 @@ enum Kind {
     /// The caller rewrites its buffer before every call, outside of what is timed, as a backward pass does.
     RewrittenRegisteredF32,
     RewrittenPrivateF32,
+    /// What is timed is the owner's rewriting its buffer, the call, and the owner's reading the result, as in a step: lines that
+    /// moved in the call, or only after it, count alike.
+    UsedRegisteredF32,
+    UsedPrivateF32,
     FloorCopy,
     FloorUpdate,
 }
 
 impl Kind {
-    const ALL: [Kind; 7] = [
+    const ALL: [Kind; 9] = [
         Kind::RegisteredF32,
         Kind::PrivateF32,
         Kind::RegisteredBf16,
         Kind::RewrittenRegisteredF32,
         Kind::RewrittenPrivateF32,
+        Kind::UsedRegisteredF32,
+        Kind::UsedPrivateF32,
         Kind::FloorCopy,
         Kind::FloorUpdate,
     ];
@@ -73,6 +79,8 @@ impl Kind {
             Kind::RegisteredBf16 => "bf16 registered",
             Kind::RewrittenRegisteredF32 => "f32 registered rewritten",
             Kind::RewrittenPrivateF32 => "f32 private rewritten",
+            Kind::UsedRegisteredF32 => "f32 registered used",
+            Kind::UsedPrivateF32 => "f32 private used",
             Kind::FloorCopy => "floor copy",
             Kind::FloorUpdate => "floor update",
         }
@@ -81,17 +89,13 @@ impl Kind {
     /// The time of one call, from every rank's start and end.
     fn time_ns(self, ranks: impl Iterator<Item = (i64, i64)> + Clone) -> i64 {
         match self {
-            // Nobody ends before everybody has come.
-            Kind::RegisteredF32
-            | Kind::PrivateF32
-            | Kind::RegisteredBf16
-            | Kind::RewrittenRegisteredF32
-            | Kind::RewrittenPrivateF32 => ranks.map(|(start, end)| end - start).max().unwrap_or(0),
             // Each is done on its own, one after the other where there are more ranks than cores.
             Kind::FloorCopy | Kind::FloorUpdate => {
                 let first = ranks.clone().map(|(start, _)| start).min().unwrap_or(0);
                 ranks.map(|(_, end)| end).max().unwrap_or(0) - first
             }
+            // Nobody ends before everybody has come.
+            _ => ranks.map(|(start, end)| end - start).max().unwrap_or(0),
         }
     }
 }
@@ -120,6 +124,14 @@ impl Memory {
     fn rewrite(&mut self) -> Result<()> {
         if let Memory::AllReduce(Some(buffer)) = self {
             std::hint::black_box(buffer.as_mut_slice::<f32>()?).fill(0.0);
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<()> {
+        if let Memory::AllReduce(Some(buffer)) = self {
+            let bits = buffer.as_slice::<f32>()?.iter().map(|sum| sum.to_bits());
+            std::hint::black_box(bits.fold(0, |all, bits| all | bits));
         }
         Ok(())
     }
@@ -164,8 +176,15 @@ impl Rank {
                     memory.rewrite()?;
                 }
                 self.communicator.barrier_now()?;
+                let is_used = matches!(case.kind, Kind::UsedRegisteredF32 | Kind::UsedPrivateF32);
                 let start_ns = now_ns();
+                if is_used {
+                    memory.rewrite()?;
+                }
                 self.call(&mut memory)?;
+                if is_used {
+                    memory.read()?;
+                }
                 spans.extend([start_ns, now_ns()]);
             }
             let everybodys = &mut everybodys[..2 * batch * self.world.world_size() as usize];
@@ -202,8 +221,12 @@ impl Rank {
         Ok(match case.kind {
             Kind::FloorCopy => Memory::Copy(vec![1; words], vec![2; words]),
             Kind::FloorUpdate => Memory::Update(vec![1; words]),
-            Kind::RegisteredF32 | Kind::RewrittenRegisteredF32 => self.checked::<f32>(case.size_bytes, true)?,
-            Kind::PrivateF32 | Kind::RewrittenPrivateF32 => self.checked::<f32>(case.size_bytes, false)?,
+            Kind::RegisteredF32 | Kind::RewrittenRegisteredF32 | Kind::UsedRegisteredF32 => {
+                self.checked::<f32>(case.size_bytes, true)?
+            }
+            Kind::PrivateF32 | Kind::RewrittenPrivateF32 | Kind::UsedPrivateF32 => {
+                self.checked::<f32>(case.size_bytes, false)?
+            }
             Kind::RegisteredBf16 => self.checked::<bf16>(case.size_bytes, true)?,
         })
     }
