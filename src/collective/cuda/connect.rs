@@ -123,11 +123,16 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.peers.clear();
-        self.host = None;
+        let mut kept = self.peers.drain(..).flatten().map(PeerArena::close).filter(|is_closed| !is_closed).count();
+        kept += usize::from(!self.host.take().is_none_or(HostRange::close));
+        if kept != 0 {
+            // Kernels may still use what is there, so nobody gets it: not this staging, nor the group's area.
+            tracing::warn!(rank = self.world.rank(), "staging is kept for ever: what kernels use cannot be unmapped");
+            return std::mem::forget((self.staging.take(), self.blocks.take()));
+        }
         // SAFETY: the region is the group's until this rank has departed, and `world` is alive.
         let first = unsafe { Page::of(self.region, 0) };
-        // AcqRel: by then the memory is unmapped.
+        // AcqRel: by then the memory is unmapped, and no kernel of this rank's device uses it.
         first.closed.fetch_add(1, Ordering::AcqRel);
         if let Some(staging) = self.staging.take() {
             self.free(staging, &first.closed);

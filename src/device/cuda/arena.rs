@@ -15,9 +15,9 @@ use cudarc::driver::sys::{self, CUresult};
 use range_alloc::RangeAllocator;
 
 use super::bindings::{
-    cuCtxSynchronize, cuIpcCloseMemHandle, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuMemAddressFree,
-    cuMemAddressReserve, cuMemAlloc, cuMemCreate, cuMemExportToShareableHandle, cuMemFree,
-    cuMemGetAllocationGranularity, cuMemImportFromShareableHandle, cuMemMap, cuMemRelease, cuMemSetAccess, cuMemUnmap,
+    cuIpcCloseMemHandle, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuMemAddressFree, cuMemAddressReserve, cuMemAlloc,
+    cuMemCreate, cuMemExportToShareableHandle, cuMemFree, cuMemGetAddressRange, cuMemGetAllocationGranularity,
+    cuMemImportFromShareableHandle, cuMemMap, cuMemRelease, cuMemSetAccess, cuMemUnmap,
 };
 use super::buffer::{Buffer, Memory};
 use super::context::{Device, Uuid};
@@ -66,8 +66,8 @@ impl fmt::Debug for Exported {
 }
 
 /// Memory of a device that peers map. Clones are the same arena; it is freed when they and all buffers in it are gone: not
-/// while a graph is being captured on the device, since freeing it waits for the device. Kernels that do not end within 10 s
-/// are no longer waited for; the memory is freed when they do.
+/// while a graph is being captured on the device, since freeing it waits for the device. It would end the capture, and keep the
+/// memory for ever. Kernels that do not end within 10 s are no longer waited for; the memory is freed when they do.
 #[derive(Clone)]
 pub struct Arena(Arc<Core>);
 
@@ -103,9 +103,10 @@ impl Drop for Block {
     fn drop(&mut self) {
         if let Block::Legacy { device, address } = self {
             let address = *address;
-            device.free("an arena", move || {
-                // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
-                let _ = unsafe { cuMemFree(address) };
+            device.free("an arena", (), move |device| {
+                device.drain()?;
+                // SAFETY: from `cuMemAlloc`, freed once; kernels that used it have ended, those of peers before they let go.
+                device.check(unsafe { cuMemFree(address) })
             });
         }
     }
@@ -160,6 +161,10 @@ impl Arena {
     ///
     /// # Errors
     /// [`Error::NoSpace`] if the arena has too little left; [`Error::SizeOverflow`].
+    ///
+    /// # Synchronization
+    /// A range is given out again as soon as its buffer, and all views of it, are gone: the device may not be done with it.
+    /// Who drops a buffer of an arena, or a graph that keeps one, has whoever gets the next one ordered behind it, or waits.
     pub fn alloc(&self, dtype: DType, len_elems: usize) -> Result<Buffer> {
         let whole = round_up(dtype.bytes_of(len_elems)?.max(1), ALIGN_BYTES)?;
         let no_space = |have_bytes: usize| Error::NoSpace {
@@ -233,19 +238,21 @@ impl Drop for Registered {
 
 // ---- another process's arena -------------------------------------------------------------------------------------------
 
-/// A peer's arena as this process's kernels reach it. Dropping it closes it, which must come before the owner frees.
+/// A peer's arena as this process's kernels reach it. Dropping it closes it, when the kernels of its device have ended, as an
+/// [`Arena`] is freed; that must come before the owner frees.
 pub struct PeerArena {
-    memory: PeerMemory,
+    /// Whose kernels use it.
+    device: Device,
+    address: sys::CUdeviceptr,
     len_bytes: usize,
+    /// None once it was closed.
+    memory: Option<PeerMemory>,
 }
 
 enum PeerMemory {
     /// In this very process: CUDA refuses to open an own handle, and needs none.
     Same(Arena),
-    Opened {
-        device: Device,
-        address: sys::CUdeviceptr,
-    },
+    Opened,
     Virtual(VirtualBlock),
 }
 
@@ -253,25 +260,45 @@ impl PeerArena {
     /// Maps the arena of another process for `device`, whose kernels are to reach it.
     ///
     /// # Errors
-    /// What the driver says: that the owner has ended, or that the devices are no peers.
+    /// What the driver says: that the owner has ended, or that the devices are no peers; [`Error::InvalidArgument`] if the
+    /// memory is shorter than the owner says.
     pub fn open(device: &Device, exported: Exported) -> Result<PeerArena> {
         device.bind()?;
         let len_bytes = exported.len_bytes;
-        let memory = match exported.token {
+        let over = |address, memory| PeerArena { device: device.clone(), address, len_bytes, memory: Some(memory) };
+        match exported.token {
             Token::Handle(bytes) => {
                 let handle = sys::CUipcMemHandle { reserved: bytes.map(|byte| byte as std::ffi::c_char) };
                 let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
                 let mut address = 0;
                 // SAFETY: the driver checks handles; the mapping is closed once, on drop.
                 device.check(unsafe { cuIpcOpenMemHandle(&mut address, handle, flags) })?;
-                PeerMemory::Opened { device: device.clone(), address }
+                let opened = over(address, PeerMemory::Opened);
+                opened.check_len()?;
+                Ok(opened)
             }
             Token::Descriptor(descriptor) => {
                 let handle = VirtualBlock::import(device, &descriptor)?;
-                PeerMemory::Virtual(VirtualBlock::map(device, handle, len_bytes)?)
+                let block = VirtualBlock::map(device, handle, len_bytes)?; // no more than there is: `cuMemMap` sees to that
+                Ok(over(block.address, PeerMemory::Virtual(block)))
             }
-        };
-        Ok(PeerArena { memory, len_bytes })
+        }
+    }
+
+    /// That a handle covers what its owner says.
+    fn check_len(&self) -> Result<()> {
+        let mut mapped_bytes = 0;
+        // SAFETY: an address that the driver has just given; writes one integer.
+        let asked = unsafe { cuMemGetAddressRange(std::ptr::null_mut(), &mut mapped_bytes, self.address) };
+        // The manual does not say that it knows memory of other processes. Where it does not, the owner is believed.
+        if !asked.is(CUresult::CUDA_SUCCESS) || mapped_bytes >= self.len_bytes {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument {
+            argument: "length of a peer's arena",
+            value: format!("{} bytes, of which {mapped_bytes} are there", self.len_bytes),
+            accepted: "must be no more than there is",
+        })
     }
 
     /// The arena of a rank in this process, by its own address, for the kernels of `device`.
@@ -284,7 +311,8 @@ impl PeerArena {
             // Peer access that is enabled does not reach mappings (CUDA Driver API, `cuMemSetAccess`).
             Block::Virtual(block) => block.allow(device)?,
         }
-        Ok(PeerArena { memory: PeerMemory::Same(arena.clone()), len_bytes: arena.len_bytes() })
+        let (address, len_bytes, memory) = (arena.address(), arena.len_bytes(), PeerMemory::Same(arena.clone()));
+        Ok(PeerArena { device: device.clone(), address, len_bytes, memory: Some(memory) })
     }
 
     /// The address at which kernels here find the `len_bytes` bytes at `offset_bytes` of the peer's arena.
@@ -299,32 +327,44 @@ impl PeerArena {
                 accepted: "must lie in the arena",
             });
         }
-        let base = match &self.memory {
-            PeerMemory::Same(arena) => arena.address(),
-            PeerMemory::Opened { address, .. } => *address,
-            PeerMemory::Virtual(block) => block.address,
-        };
-        Ok(base + offset_bytes as u64)
+        Ok(self.address + offset_bytes as u64)
+    }
+
+    /// Drops it, and tells whether it was closed by then: if not, the owner may not free.
+    pub fn close(mut self) -> bool {
+        self.let_go()
+    }
+
+    /// However the memory got here, nothing that gives it back waits for the kernels of this device: of an arena in this
+    /// process, the owner's device is waited for alone.
+    fn let_go(&mut self) -> bool {
+        let (what, address) = ("a peer's memory", self.address);
+        match self.memory.take() {
+            None => true,
+            Some(PeerMemory::Same(arena)) => self.device.free(what, arena, Device::drain),
+            Some(PeerMemory::Opened) => self.device.free(what, (), move |device| {
+                device.drain()?;
+                // SAFETY: opened by `open` and closed once; what used it has ended.
+                device.check(unsafe { cuIpcCloseMemHandle(address) })
+            }),
+            Some(PeerMemory::Virtual(mut block)) => block.release(),
+        }
     }
 }
 
 impl Drop for PeerArena {
     fn drop(&mut self) {
-        if let PeerMemory::Opened { device, address } = &self.memory
-            && device.bind().is_ok()
-        {
-            // SAFETY: opened by `open` and closed once.
-            let _ = unsafe { cuIpcCloseMemHandle(*address) };
-        }
+        self.let_go();
     }
 }
 
 impl fmt::Debug for PeerArena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.memory {
-            PeerMemory::Same(_) => "same process",
-            PeerMemory::Opened { .. } => "handle",
-            PeerMemory::Virtual(_) => "descriptor",
+            None => "closed",
+            Some(PeerMemory::Same(_)) => "same process",
+            Some(PeerMemory::Opened) => "handle",
+            Some(PeerMemory::Virtual(_)) => "descriptor",
         };
         f.debug_struct("PeerArena").field("by", &kind).field("len_bytes", &self.len_bytes).finish()
     }
@@ -339,6 +379,7 @@ struct VirtualBlock {
     address: sys::CUdeviceptr,
     len_bytes: usize,
     is_mapped: bool,
+    is_released: bool,
 }
 
 const DESCRIPTOR: sys::CUmemAllocationHandleType =
@@ -394,7 +435,7 @@ impl VirtualBlock {
     fn map(device: &Device, handle: sys::CUmemGenericAllocationHandle, len_bytes: usize) -> Result<VirtualBlock> {
         let device = device.clone();
         // From here on dropping undoes what was done.
-        let mut block = VirtualBlock { device, handle, address: 0, len_bytes, is_mapped: false };
+        let mut block = VirtualBlock { device, handle, address: 0, len_bytes, is_mapped: false, is_released: false };
         // SAFETY: writes one address.
         let reserved = unsafe { cuMemAddressReserve(&mut block.address, len_bytes, 0, 0, 0) };
         block.device.check(reserved)?;
@@ -415,6 +456,26 @@ impl VirtualBlock {
         device.check(unsafe { cuMemSetAccess(self.address, self.len_bytes, &access, 1) })
     }
 
+    /// Gives all back, and tells whether that was done.
+    fn release(&mut self) -> bool {
+        if std::mem::replace(&mut self.is_released, true) {
+            return true;
+        }
+        let VirtualBlock { handle, address, len_bytes, is_mapped, .. } = *self;
+        self.device.free("an arena, or a peer's", (), move |device| {
+            device.drain()?; // cuMemUnmap does not wait for kernels
+            // SAFETY: undoes, once and in reverse, what `map` has done; what used it has ended.
+            let answers = unsafe {
+                [
+                    is_mapped.then(|| cuMemUnmap(address, len_bytes)),
+                    (address != 0).then(|| cuMemAddressFree(address, len_bytes)),
+                    Some(cuMemRelease(handle)),
+                ]
+            };
+            answers.into_iter().flatten().try_for_each(|answer| device.check(answer))
+        })
+    }
+
     fn export(&self) -> Result<OwnedFd> {
         let mut descriptor: std::ffi::c_int = -1;
         // SAFETY: for this kind of handle the driver writes one integer.
@@ -431,28 +492,7 @@ impl VirtualBlock {
 
 impl Drop for VirtualBlock {
     fn drop(&mut self) {
-        let VirtualBlock { handle, address, len_bytes, is_mapped, .. } = *self;
-        self.device.free("an arena, or a peer's", move || {
-            // cuMemUnmap does not wait for kernels as cuMemFree does.
-            // SAFETY: the context is current.
-            let ended = unsafe { cuCtxSynchronize() };
-            if ended.is(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
-                return tracing::warn!(
-                    len_bytes,
-                    "an arena is kept for ever: dropped while a graph was captured on its device"
-                );
-            }
-            // SAFETY: undoes, once and in reverse, what `map` has done.
-            unsafe {
-                if is_mapped {
-                    let _ = cuMemUnmap(address, len_bytes);
-                }
-                if address != 0 {
-                    let _ = cuMemAddressFree(address, len_bytes);
-                }
-                let _ = cuMemRelease(handle);
-            }
-        });
+        self.release();
     }
 }
 

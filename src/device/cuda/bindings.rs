@@ -92,6 +92,7 @@ functions! {
     cuMemGetInfo as cuMemGetInfo_v2(free_bytes: *mut usize, total_bytes: *mut usize);
     cuMemAlloc as cuMemAlloc_v2(address: *mut CUdeviceptr, len_bytes: usize);
     cuMemFree as cuMemFree_v2(address: CUdeviceptr);
+    cuMemGetAddressRange as cuMemGetAddressRange_v2(base: *mut CUdeviceptr, len_bytes: *mut usize, address: CUdeviceptr);
     cuMemHostAlloc(memory: *mut *mut c_void, len_bytes: usize, flags: c_uint);
     cuMemFreeHost(memory: *mut c_void);
     cuMemHostRegister as cuMemHostRegister_v2(memory: *mut c_void, len_bytes: usize, flags: c_uint);
@@ -103,7 +104,9 @@ functions! {
     cuMemcpyHtoDAsync as cuMemcpyHtoDAsync_v2(
         to: CUdeviceptr, from: *const c_void, len_bytes: usize, stream: CUstream
     );
-    cuMemcpyDtoH as cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, len_bytes: usize);
+    cuMemcpyDtoHAsync as cuMemcpyDtoHAsync_v2(
+        to: *mut c_void, from: CUdeviceptr, len_bytes: usize, stream: CUstream
+    );
     cuMemcpyDtoDAsync as cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, len_bytes: usize, stream: CUstream);
     cuMemsetD8 as cuMemsetD8_v2(address: CUdeviceptr, value: u8, len_bytes: usize);
     cuMemsetD8Async(address: CUdeviceptr, value: u8, len_bytes: usize, stream: CUstream);
@@ -155,6 +158,7 @@ functions! {
     cuStreamWriteValue32 as cuStreamWriteValue32_v2(stream: CUstream, address: CUdeviceptr, value: u32, flags: c_uint);
     cuStreamBeginCapture as cuStreamBeginCapture_v2(stream: CUstream, mode: CUstreamCaptureMode);
     cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph);
+    cuThreadExchangeStreamCaptureMode(mode: *mut c_uint);
     cuEventCreate(event: *mut CUevent, flags: c_uint);
     cuEventDestroy as cuEventDestroy_v2(event: CUevent);
     cuEventRecord(event: CUevent, stream: CUstream);

@@ -3,16 +3,17 @@
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUresult};
 
 use super::bindings::{
-    cuMemAlloc, cuMemFree, cuMemFreeHost, cuMemHostAlloc, cuMemcpyDtoDAsync, cuMemcpyDtoH, cuMemcpyHtoD,
-    cuMemcpyHtoDAsync, cuMemsetD8Async,
+    cuMemAlloc, cuMemFree, cuMemFreeHost, cuMemHostAlloc, cuMemcpyDtoDAsync, cuMemcpyDtoHAsync, cuMemcpyHtoD,
+    cuMemcpyHtoDAsync, cuMemsetD8Async, cuStreamQuery,
 };
 use super::context::Device;
 use super::stream::Stream;
+use super::wait::until_ready;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 
@@ -26,8 +27,8 @@ pub(super) trait Memory: Send + Sync {
 
 /// `len_elems` elements of one type on a device. Not `Clone`: who holds the buffer may write it.
 ///
-/// *Private* buffers are allocations of their own, freed as an [`Arena`](super::Arena) is; *registered* ones lie in an arena,
-/// where peers reach them. Either way the address is a multiple of 256 bytes.
+/// *Private* buffers are allocations of their own, freed as an [`Arena`](super::Arena) is, and also while a graph is being
+/// captured; *registered* ones lie in an arena, where peers reach them. Either way the address is a multiple of 256 bytes.
 pub struct Buffer {
     memory: Arc<dyn Memory>,
     dtype: DType,
@@ -57,9 +58,9 @@ impl Memory for Private {
 impl Drop for Private {
     fn drop(&mut self) {
         let address = self.address;
-        self.device.free("a buffer", move || {
-            // SAFETY: from `cuMemAlloc`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemFree(address) };
+        self.device.free("a buffer", (), move |device| {
+            // SAFETY: from `cuMemAlloc`, freed once; kernels that use it are waited for, as the module `free` says.
+            device.check(unsafe { cuMemFree(address) })
         });
     }
 }
@@ -168,8 +169,8 @@ impl Buffer {
     /// has taken them by then (CUDA Driver API, 2, "API synchronization behavior", for pageable memory).
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; [`Error::Capture`], since a graph would copy from wherever the
-    /// elements once were; what the driver says.
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; [`Error::InvalidArgument`] for a stream of another device;
+    /// [`Error::Capture`], since a graph would copy from wherever the elements once were; what the driver says.
     pub fn write<T: Element>(&mut self, elements: &[T], stream: &Stream) -> Result<()> {
         self.view().write(elements, stream)
     }
@@ -177,7 +178,8 @@ impl Buffer {
     /// Waits for everything enqueued on `stream` and copies the buffer to the host.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`]; [`Error::Stream`] after `timeout`; what the device failed with.
+    /// [`Error::DTypeMismatch`]; [`Error::InvalidArgument`] for a stream of another device; [`Error::Stream`] after `timeout`;
+    /// what the device failed with.
     pub fn read<T: Element>(&self, stream: &Stream, timeout: Duration) -> Result<Vec<T>> {
         let mut elements = vec![T::zeroed(); self.len_elems];
         self.view().read(&mut elements, stream, timeout)?;
@@ -185,13 +187,16 @@ impl Buffer {
     }
 
     /// Memory of somebody else as a private buffer: a tensor of the trainer's own library, for one. `owner` is what keeps
-    /// it allocated, dropped with the last use of the buffer.
+    /// it allocated. It is dropped, by whichever thread, with the last of the buffer, its views, and the graphs that use it: the
+    /// device may not have come to what was enqueued on them.
     ///
     /// # Errors
     /// [`Error::SizeOverflow`]; [`Error::InvalidArgument`] if `address` is not aligned for `dtype`.
     ///
     /// # Safety
-    /// - `address` is of at least `len_elems` elements of `dtype` that kernels of `device` reach, as long as `owner` lives.
+    /// - `address` is of at least `len_elems` elements of `dtype` that kernels of `device` reach, as long as `owner` lives, and
+    ///   then until what was enqueued on them has run: dropping `owner` waits for that, or has the memory used again only in
+    ///   that order, as the caching allocators of autograd libraries do for streams that they are told of.
     /// - Who else uses the memory is ordered, by streams and events, with what this crate enqueues on it.
     pub unsafe fn foreign(
         device: &Device,
@@ -297,11 +302,12 @@ impl View {
     /// As [`Buffer::write`].
     pub fn write<T: Element>(&self, elements: &[T], stream: &Stream) -> Result<()> {
         self.check::<T>(elements.len())?;
+        self.check_stream(stream)?;
         let access = stream.access()?;
         access.check_eager("cuMemcpyHtoDAsync")?;
         let from = elements.as_ptr().cast();
-        // SAFETY: the memory has room for exactly these elements and lives as long as the view, which the driver does not
-        // need beyond the call: freeing device memory waits for what uses it.
+        // SAFETY: the memory has room for exactly these elements, and stays allocated until they are there: private memory is
+        // freed behind the copy, an arena outlives its ranges, and of foreign memory its caller has promised it.
         stream.device().check(unsafe { cuMemcpyHtoDAsync(self.address(), from, self.len_bytes(), access.raw()) })
     }
 
@@ -311,19 +317,36 @@ impl View {
     /// As [`Buffer::read`]; [`Error::LengthMismatch`].
     pub fn read<T: Element>(&self, elements: &mut [T], stream: &Stream, timeout: Duration) -> Result<()> {
         self.check::<T>(elements.len())?;
-        // First with a deadline: the copy's own wait has none.
-        stream.synchronize(timeout)?;
-        // SAFETY: as many elements as the view has; the call returns when they have arrived.
-        let copied = unsafe { cuMemcpyDtoH(elements.as_mut_ptr().cast(), self.address(), self.len_bytes()) };
-        stream.device().check(copied)
+        self.check_stream(stream)?;
+        let (device, start) = (stream.device(), Instant::now());
+        loop {
+            // First with a deadline: the copy's own wait has none, as the elements are borrowed until they are there.
+            stream.synchronize(timeout.saturating_sub(start.elapsed()))?;
+            let access = stream.access()?;
+            access.check_eager("cuMemcpyDtoHAsync")?;
+            // SAFETY: the stream lives.
+            let ask = || unsafe { cuStreamQuery(access.raw()) };
+            if !ask().is(CUresult::CUDA_SUCCESS) {
+                continue; // another thread has enqueued since
+            }
+            let to = elements.as_mut_ptr().cast();
+            // SAFETY: as many elements as the view has, not touched before the copy has ended.
+            let copied = unsafe { cuMemcpyDtoHAsync(to, self.address(), self.len_bytes(), access.raw()) };
+            // Nothing is before the copy on the stream, nor gets there as long as `access` is held.
+            let arrived = until_ready(device, stream.name(), Duration::MAX, ask);
+            return device.check(copied).and(arrived);
+        }
     }
 
     /// Copies `src` in the order of `stream`, on the device.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; what the driver says.
+    /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; [`Error::InvalidArgument`] for a view or a stream of another
+    /// device; what the driver says.
     pub fn copy_from(&self, src: &View, stream: &Stream) -> Result<()> {
         self.check_like(src.dtype, src.len_elems)?;
+        self.check_stream(stream)?;
+        src.check_stream(stream)?;
         if self.is_empty() {
             return Ok(());
         }
@@ -338,8 +361,9 @@ impl View {
     /// Makes all bytes zero in the order of `stream`.
     ///
     /// # Errors
-    /// What the driver says.
+    /// [`Error::InvalidArgument`] for a stream of another device; what the driver says.
     pub fn zero(&self, stream: &Stream) -> Result<()> {
+        self.check_stream(stream)?;
         if self.is_empty() {
             return Ok(());
         }
@@ -347,6 +371,18 @@ impl View {
         access.keep(self);
         // SAFETY: the whole of the view, which lives as long as a graph that zeroes it.
         stream.device().check(unsafe { cuMemsetD8Async(self.address(), 0, self.len_bytes(), access.raw()) })
+    }
+
+    /// Freeing the memory waits for its own device, and not for another one's streams.
+    pub(super) fn check_stream(&self, stream: &Stream) -> Result<()> {
+        if self.device().is_same(stream.device()) {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument {
+            argument: "stream",
+            value: format!("{}, of device {}", stream.name(), stream.device().ordinal()),
+            accepted: "must be of the device that the memory is on",
+        })
     }
 
     fn check<T: Element>(&self, len_elems: usize) -> Result<()> {
@@ -444,9 +480,9 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let place = self.memory.as_ptr().expose_provenance();
-        self.device.free("pinned memory", move || {
-            // SAFETY: from `cuMemHostAlloc`, freed once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemFreeHost(std::ptr::with_exposed_provenance_mut(place)) };
+        self.device.free("pinned memory", (), move |device| {
+            // SAFETY: from `cuMemHostAlloc`, freed once; kernels that use it are waited for, as the module `free` says.
+            device.check(unsafe { cuMemFreeHost(std::ptr::with_exposed_provenance_mut(place)) })
         });
     }
 }

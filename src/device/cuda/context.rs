@@ -3,7 +3,6 @@
 use std::ffi::{CStr, c_int};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUresult};
@@ -49,8 +48,6 @@ struct Core {
     context: sys::CUcontext,
     uuid: Uuid,
     name: String,
-    /// A freeing was given up waiting for, and none has ended since.
-    frees_nothing: AtomicBool,
 }
 
 // SAFETY: a context may be used from any thread that makes it current (CUDA Driver API, 6.8); the handle is only passed.
@@ -83,11 +80,7 @@ impl Device {
         let mut context = std::ptr::null_mut();
         // SAFETY: writes one handle; the device was named by the driver just now.
         check(at, unsafe { cuDevicePrimaryCtxRetain(&mut context, device) })?;
-        Ok(Device(Arc::new(Core { ordinal, device, context, uuid, name, frees_nothing: AtomicBool::new(false) })))
-    }
-
-    pub(super) fn frees_nothing(&self) -> &AtomicBool {
-        &self.0.frees_nothing
+        Ok(Device(Arc::new(Core { ordinal, device, context, uuid, name })))
     }
 
     /// Number in the driver's order, for messages; not the same in other processes.

@@ -47,6 +47,12 @@ impl Event {
         self.0.device.bind().is_err() || !self.ask().is(CUresult::CUDA_ERROR_NOT_READY)
     }
 
+    /// Whether the driver says that the point recorded last was reached: what was enqueued before is over, which an answer
+    /// like that to a question in a capture does not tell.
+    pub(super) fn was_reached(&self) -> bool {
+        self.0.device.bind().is_ok() && self.ask().is(CUresult::CUDA_SUCCESS)
+    }
+
     /// Blocks the calling thread until the point recorded last is reached.
     ///
     /// # Errors

@@ -1,47 +1,115 @@
-//! Giving back what kernels use, for which the driver waits until whatever runs on the device has ended: with a deadline,
-//! which the driver's own waits lack.
+//! Giving back what kernels use, which waits until whatever runs on the device has ended: with a deadline, which the driver's
+//! own waits lack.
+//!
+//! What comes and goes with the work, private buffers and pinned memory, is freed by calls that wait for the device by
+//! themselves: every driver's do, as programs rely on, though the manual says no more than that `cuMemFree` "may perform
+//! implicit synchronization". To ask for that wait, by [`Device::drain`], would rest on the manual alone, and end a capture on
+//! any thread. All else is unmapped behind one.
 
+use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 
-use super::context::Device;
+use cudarc::driver::sys::CUstreamCaptureMode;
+
+use super::bindings::{cuCtxSynchronize, cuThreadExchangeStreamCaptureMode};
+use super::context::{Device, Uuid};
+use crate::error::{Error, Result};
 
 /// The longest that a drop waits.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Devices on which a freeing was given up waiting for, and none has ended since.
+static STUCK: Mutex<BTreeSet<Uuid>> = Mutex::new(BTreeSet::new());
+
+fn stuck() -> MutexGuard<'static, BTreeSet<Uuid>> {
+    STUCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Device {
     /// Runs `free` with the context current, on a thread of its own: beyond [`PATIENCE`] that is left behind, and frees when
     /// the device's work ends, if it ever does; until one has ended, later calls do not wait. Not run at all, as there is
-    /// nothing left to free, if the context is gone.
-    pub(super) fn free(&self, what: &'static str, free: impl FnOnce() + Send + 'static) {
-        let (device, (ended, end)) = (self.clone(), channel::<()>());
+    /// nothing left to free, if the context is gone. Whether it was freed by now; `owned` is dropped with it, and kept for
+    /// ever where `free` fails.
+    pub(super) fn free<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        owned: T,
+        free: impl FnOnce(&Device) -> Result<()> + Send + 'static,
+    ) -> bool {
+        let (device, (ended, end)) = (self.clone(), channel());
         // Without a thread it is leaked, with all that it owns: the device may still use that.
-        let free = ManuallyDrop::new(free);
+        let work = ManuallyDrop::new((owned, free));
         let work = move || {
-            let free = ManuallyDrop::into_inner(free);
-            if device.bind().is_ok() {
-                free();
-                device.frees_nothing().store(false, Ordering::Relaxed); // a hint: it publishes nothing
+            let (owned, free) = ManuallyDrop::into_inner(work);
+            let freed = free_now(&device, free);
+            stuck().remove(&device.uuid());
+            match &freed {
+                Ok(()) => drop(owned),
+                Err(error) => {
+                    std::mem::forget(owned);
+                    tell(&device, what, error);
+                }
             }
-            drop((device, ended)); // in this order: who goes on finds the device as it is without this memory
+            drop(device); // who goes on finds it as it is without this memory
+            let _ = ended.send(freed.is_ok()); // nobody waits any more: it took too long
         };
-        let ordinal = self.ordinal();
+        let (ordinal, uuid) = (self.ordinal(), self.uuid());
         if let Err(error) = Builder::new().name("annulus-free".into()).spawn(work) {
-            return tracing::warn!(
+            tracing::warn!(
                 device = ordinal,
                 what,
                 %error,
                 "memory is kept for ever: no thread could be started to free it"
             );
+            return false;
         }
-        let patience = if self.frees_nothing().load(Ordering::Relaxed) { Duration::ZERO } else { PATIENCE };
-        if end.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
-            self.frees_nothing().store(true, Ordering::Relaxed);
+        let patience = if stuck().contains(&uuid) { Duration::ZERO } else { PATIENCE };
+        let answer = end.recv_timeout(patience);
+        if answer == Err(RecvTimeoutError::Timeout) {
+            stuck().insert(uuid);
             let waited_ms = patience.as_millis() as u64;
             tracing::warn!(device = ordinal, what, waited_ms, "memory is kept until the device's work ends");
         }
+        answer.unwrap_or(false)
+    }
+
+    /// Waits until whatever was enqueued on the device has run, for what the driver would let go of at once. One that has
+    /// failed runs nothing. The context is current.
+    ///
+    /// # Errors
+    /// [`Error::Capture`] if a graph is being captured on it: it cannot be asked then.
+    pub(super) fn drain(&self) -> Result<()> {
+        // SAFETY: needs a context that is current.
+        match self.check(unsafe { cuCtxSynchronize() }) {
+            Err(error @ Error::Capture { .. }) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn free_now(device: &Device, free: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
+    // This thread captures nothing, so that nothing here is unsafe for a capture: not for one in global mode either, which
+    // would be ended by whoever frees, in whichever thread.
+    let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as u32;
+    // SAFETY: reads a mode, and writes the one before.
+    let _ = unsafe { cuThreadExchangeStreamCaptureMode(&mut mode) };
+    if device.bind().is_err() {
+        return Ok(());
+    }
+    free(device)
+}
+
+/// Says why memory is kept. After a fault it is all the same, and said by whoever found it.
+fn tell(device: &Device, what: &'static str, error: &Error) {
+    let device = device.ordinal();
+    match error {
+        Error::DeviceLost { .. } | Error::KernelFault { .. } => {
+            tracing::debug!(device, what, %error, "memory is kept for ever");
+        }
+        _ => tracing::warn!(device, what, %error, "memory is kept for ever"),
     }
 }

@@ -16,7 +16,7 @@ use super::stream::Stream;
 use crate::error::{Error, Result};
 use crate::kernels;
 
-/// Every kernel of this crate on one device. Clones are the same.
+/// Every kernel of this crate on one device. Clones are the same; they are unloaded as an [`Arena`](super::Arena) is freed.
 ///
 /// All functions are loaded here, at setup: with lazy loading, the default since CUDA 12.2, the first use of a kernel may
 /// wait for kernels in flight, and one that waits for a peer would never end (CUDA C++ Programming Guide, "Lazy Loading").
@@ -177,11 +177,12 @@ impl Core {
 impl Drop for Core {
     fn drop(&mut self) {
         let modules: Vec<usize> = self.modules.iter().map(|module| module.expose_provenance()).collect();
-        self.device.free("code", move || {
-            for module in modules {
-                // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight are waited for.
-                let _ = unsafe { cuModuleUnload(std::ptr::with_exposed_provenance_mut(module)) };
-            }
+        self.device.free("code", (), move |device| {
+            device.drain()?;
+            modules.into_iter().try_for_each(|module| {
+                // SAFETY: loaded by `load`, unloaded once; nobody launches any more, and launches in flight have ended.
+                device.check(unsafe { cuModuleUnload(std::ptr::with_exposed_provenance_mut(module)) })
+            })
         });
     }
 }

@@ -161,12 +161,13 @@ pub fn probe_pair(devices: [&Kernels; 2], timeout: Duration) -> Result<Link> {
         Ok((arena, area, Stream::new(device, "probe", Priority::High)?))
     };
     let mut sides = [side(first)?, side(second)?];
+    let peer = |index: usize| PeerArena::of_this_process(devices[index].device(), &sides[1 - index].0);
+    let peers = [peer(0)?, peer(1)?]; // until the kernels have ended
     for index in [0, 1] {
-        let peer = PeerArena::of_this_process(devices[index].device(), &sides[1 - index].0)?;
         let peer_offset_bytes = sides[1 - index].1.offset_bytes();
         let (_, area, stream) = &mut sides[index];
         let ranks = (index as u32, 1 - index as u32);
-        area.start(devices[index], stream, &peer, peer_offset_bytes, ranks, timeout)?;
+        area.start(devices[index], stream, &peers[index], peer_offset_bytes, ranks, timeout)?;
     }
     let [one, other] = sides.each_ref().map(|(_, area, stream)| area.finish(stream));
     Ok(match (one?, other?) {

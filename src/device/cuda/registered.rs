@@ -61,16 +61,31 @@ impl HostRange {
     pub fn len_bytes(&self) -> usize {
         self.len_bytes
     }
+
+    /// Drops it, and tells whether that was done: if not, the device may still use the pages, which stay as they are.
+    pub(crate) fn close(mut self) -> bool {
+        self.unregister()
+    }
+
+    fn unregister(&mut self) -> bool {
+        let Some(owner) = self.owner.take() else { return true };
+        let place = self.memory.as_ptr().expose_provenance();
+        self.device.free("pinned memory of the host's", owner, move |device| {
+            device.drain()?;
+            // SAFETY: registered by `register`, unregistered once; what used it has ended.
+            let ended = unsafe { cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(place)) };
+            // Nothing uses the pages any more, whatever the driver says.
+            if let Err(error) = device.check(ended) {
+                tracing::warn!(device = device.ordinal(), %error, "pages of the host stay pinned");
+            }
+            Ok(())
+        })
+    }
 }
 
 impl Drop for HostRange {
     fn drop(&mut self) {
-        let (place, owner) = (self.memory.as_ptr().expose_provenance(), self.owner.take());
-        self.device.free("pinned memory of the host's", move || {
-            // SAFETY: registered by `register`, unregistered once; the driver waits for kernels that use it.
-            let _ = unsafe { cuMemHostUnregister(std::ptr::with_exposed_provenance_mut(place)) };
-            drop(owner);
-        });
+        self.unregister();
     }
 }
 

@@ -42,12 +42,14 @@ impl Staging {
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`](crate::Error::DTypeMismatch) and [`Error::LengthMismatch`](crate::Error::LengthMismatch);
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a stream of another device;
     /// [`Error::NoSpace`](crate::Error::NoSpace) for the block; what the driver says.
     ///
     /// # Synchronization
     /// Does not wait for the copy. Waits for an earlier one if eight are in flight.
     pub fn upload<T: Element>(&self, elements: &[T], dst: &View, stream: &Stream) -> Result<()> {
         dst.check_like(T::DTYPE, elements.len())?;
+        dst.check_stream(stream)?;
         if elements.is_empty() {
             return Ok(());
         }
@@ -65,14 +67,15 @@ impl Staging {
         let copied = unsafe { cuMemcpyHtoDAsync(dst.address(), start.cast(), bytes.len(), access.raw()) };
         drop(access);
         let recorded = self.device.check(copied).and_then(|()| stream.record(&block.copied));
+        recorded?; // what a copy may read and nobody can ask for is freed behind it
         blocks.push(block);
-        recorded
+        Ok(())
     }
 
     /// A block of at least `len_bytes` that no copy reads.
     fn take(&self, blocks: &mut Vec<Block>, len_bytes: usize) -> Result<Block> {
         let fits = |block: &Block| block.pinned.len_bytes() >= len_bytes;
-        if let Some(free) = blocks.iter().position(|block| fits(block) && block.copied.is_complete()) {
+        if let Some(free) = blocks.iter().position(|block| fits(block) && block.copied.was_reached()) {
             return Ok(blocks.remove(free));
         }
         if blocks.len() == MAX_BLOCKS {

@@ -85,7 +85,7 @@ pub fn contribute(
     let arguments = AccumulateArguments { tensors: 0, range, tensor, factor, padding: 0 };
     let shape = ELEMENTWISE.shape(kernels, range.len_chunks);
     stream.keep(&(src.clone(), dst.clone()));
-    // SAFETY: the kernel's own argument, of views that were checked; their memory is freed after the kernel, as device memory
-    // always is, and foreign memory by its owner's promise.
+    // SAFETY: the kernel's own argument, of views that were checked; private memory is freed behind the kernel, an arena outlives
+    // its ranges, and of foreign memory its caller has promised it.
     unsafe { kernels.launch(contribution.kernel(), shape, stream, &arguments) }
 }

@@ -100,6 +100,10 @@ pub(crate) fn remove(address: u64, call: &str, accepts: impl Fn(Kind) -> bool) -
         // Whoever still uses it in this process reads rubbish.
         removed.mapping.fill(0, removed.len_bytes, 0xdb);
     }
+    if matches!(removed.kind, Kind::Imported | Kind::Virtual { .. }) {
+        // Nothing says that their unmapping waits for kernels: one that still uses the address faults.
+        removed.mapping.close();
+    }
     Ok(removed)
 }
 
@@ -150,7 +154,7 @@ impl View {
             Kind::Imported | Kind::Pinned | Kind::Registered => true,
             Kind::Device | Kind::Pool => self.reachable >> found.0.device & 1 == 1,
         };
-        allowed.then_some(found)
+        (allowed && !found.0.mapping.is_closed()).then_some(found)
     }
 
     /// Whether a store to `allocation` gets lost on the way.

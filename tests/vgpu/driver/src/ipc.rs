@@ -114,7 +114,7 @@ pub(crate) fn close(address: u64) -> Result<()> {
         let handle = *handle;
         open.remove(&handle);
         let closed = allocations::remove(address, "cuIpcCloseMemHandle", |kind| kind == Kind::Imported)?;
-        // A kernel in flight may keep the mapping for longer.
+        // A kernel in flight may keep the mapping for longer, and reaches it no more.
         closed.mapping.forgo().map_err(|_| Status::OPERATING_SYSTEM)?;
     }
     Ok(())

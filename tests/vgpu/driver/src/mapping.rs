@@ -7,7 +7,7 @@
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{FlockOperation, MemfdFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -24,6 +24,8 @@ pub(crate) struct Mapping {
     len_bytes: usize,
     memory: Option<OwnedFd>,
     end: End,
+    /// A program has it no more, though a kernel may refer to it.
+    is_closed: AtomicBool,
 }
 
 /// What becomes of the address space.
@@ -114,17 +116,26 @@ impl Mapping {
     /// The bytes are readable and writable until the value is dropped.
     pub unsafe fn borrowed(address: u64, len_bytes: usize) -> Option<Mapping> {
         let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(address as usize))?;
-        Some(Mapping { base, len_bytes, memory: None, end: End::Leave })
+        Some(Mapping { base, len_bytes, memory: None, end: End::Leave, is_closed: AtomicBool::new(false) })
     }
 
     fn over(base: *mut c_void, len_bytes: usize, memory: Option<OwnedFd>, end: End) -> rustix::io::Result<Mapping> {
         let base: NonNull<u8> = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         let _ = base.as_ptr().expose_provenance(); // programs hold it as an integer
-        Ok(Mapping { base, len_bytes, memory, end })
+        Ok(Mapping { base, len_bytes, memory, end, is_closed: AtomicBool::new(false) })
     }
 
     pub fn address(&self) -> u64 {
         self.base.as_ptr().addr() as u64
+    }
+
+    /// From now on kernels in flight do not reach it either.
+    pub fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
     }
 
     /// The descriptor of the memory behind it.

@@ -3,20 +3,25 @@
 
 #[path = "support/linger.rs"]
 mod linger;
+#[path = "support/raw.rs"]
+mod raw;
 mod support;
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use annulus::abi::{ELEMENTWISE_THREADS, PROBE_THREADS, ProbeArguments, ScaleArguments};
 use annulus::device::cuda::{
     Arena, Buffer, Device, Driver, Event, Exported, Kernels, Link, OLDEST_DRIVER, PeerAccess, PeerArena, Pinned, Pool,
-    Priority, ProbeArea, Shape, Sharing, Stream, Token, Uuid, probe_pair,
+    Priority, ProbeArea, Shape, Sharing, Staging, Stream, Token, Uuid, probe_pair,
 };
 use annulus::{DType, Error};
 use bytemuck::Zeroable;
-use linger::linger;
+use cudarc::driver::result;
+use cudarc::driver::sys::{self, CUstreamCaptureMode};
+use linger::{linger, release};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
@@ -109,6 +114,47 @@ fn buffers_hold_what_is_written_and_know_their_type() {
         assert!(matches!(buffer.write(&[1.0f32], &stream), Err(Error::LengthMismatch { .. })));
         assert!(Buffer::zeroed(&device, DType::F64, 0).unwrap().is_empty());
         assert!(matches!(Buffer::zeroed(&device, DType::F64, usize::MAX / 4), Err(Error::SizeOverflow { .. })));
+    });
+}
+
+/// Somebody else's kernel hangs there, for one.
+#[test]
+fn a_read_does_not_wait_for_the_default_stream() {
+    on_virtual_gpu("a_read_does_not_wait_for_the_default_stream", &[], || {
+        let device = device(0);
+        let (stream, word) = (stream(&device), Pinned::zeroed(&device, 4).unwrap());
+        let buffer = Buffer::filled(&device, &[1.0f32, 2.0]).unwrap();
+        // SAFETY: the context is current to this thread; a word of memory that the device reaches, until it is 1.
+        unsafe { sys::cuStreamWaitValue32_v2(std::ptr::null_mut(), word.address(), 1, 0) }.result().unwrap();
+        assert_eq!(buffer.read::<f32>(&stream, PATIENCE).unwrap(), [1.0, 2.0]);
+        // SAFETY: aligned, and accessed by atomics.
+        unsafe { AtomicU32::from_ptr(word.as_ptr().as_ptr().cast()) }.store(1, Ordering::Release);
+    });
+}
+
+/// A thread that captures in global mode, as a trainer's library does, is told nothing of events.
+#[test]
+fn a_block_that_a_copy_may_still_read_is_not_written_in_a_capture() {
+    on_virtual_gpu("a_block_that_a_copy_may_still_read_is_not_written_in_a_capture", &[], || {
+        let device = device(0);
+        let (kernels, stream) = (Kernels::load(&device).unwrap(), stream(&device));
+        let staging = Staging::new(&device, PATIENCE);
+        let (first, second) = (Buffer::filled(&device, &[0.0f32; 8]), Buffer::filled(&device, &[0.0f32; 8]));
+        let (first, second) = (first.unwrap(), second.unwrap());
+        let area = Pinned::zeroed(&device, 24).unwrap();
+        linger(&kernels, &stream, area.address(), PATIENCE);
+        staging.upload(&[1.0f32; 8], &first.view(), &stream).unwrap();
+        let other = result::stream::create(raw::NON_BLOCKING).unwrap();
+        // SAFETY: a stream that lives.
+        unsafe { result::stream::begin_capture(other, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL) }.unwrap();
+        let refused = staging.upload(&[2.0f32; 8], &second.view(), &stream);
+        // SAFETY: as above.
+        let ended = unsafe { result::stream::end_capture(other) };
+        release(&area);
+        assert!(matches!(refused, Err(Error::Capture { .. })) && ended.is_err(), "{refused:?}, {ended:?}");
+        assert_eq!(first.read::<f32>(&stream, PATIENCE).unwrap(), [1.0; 8]);
+        staging.upload(&[2.0f32; 8], &second.view(), &stream).unwrap();
+        assert_eq!(second.read::<f32>(&stream, PATIENCE).unwrap(), [2.0; 8]);
     });
 }
 
@@ -308,6 +354,27 @@ fn unknown_kernels_and_strange_streams_are_refused() {
         }
         let event = Event::new(&device(1)).unwrap();
         assert!(matches!(stream(&device(0)).record(&event), Err(Error::InvalidArgument { .. })));
+    });
+}
+
+/// Freeing memory waits for its own device.
+#[test]
+fn a_stream_of_another_device_than_the_memory_is_refused() {
+    on_virtual_gpu("a_stream_of_another_device_than_the_memory_is_refused", TWO, || {
+        let [here, there] = [0, 1].map(|ordinal| Buffer::filled(&device(ordinal), &[1.0f32; 4]).unwrap().view());
+        let (stream, staging) = (stream(&device(0)), Staging::new(&device(0), PATIENCE));
+        let refused = [
+            there.write(&[2.0f32; 4], &stream),
+            there.read(&mut [0.0f32; 4], &stream, PATIENCE),
+            there.zero(&stream),
+            there.copy_from(&here, &stream),
+            here.copy_from(&there, &stream),
+            staging.upload(&[2.0f32; 4], &there, &stream),
+        ];
+        for refused in refused {
+            assert!(matches!(refused, Err(Error::InvalidArgument { argument: "stream", .. })), "{refused:?}");
+        }
+        here.zero(&stream).unwrap();
     });
 }
 

@@ -4,12 +4,16 @@
 mod linger;
 #[path = "support/log.rs"]
 mod log;
+#[path = "support/raw.rs"]
+mod raw;
 mod support;
 
 use std::time::{Duration, Instant};
 
 use annulus::device::cuda::{Arena, Buffer, Device, Driver, Kernels, Pinned, Pool, Priority, Sharing, Stream};
 use annulus::{DType, Error};
+use cudarc::driver::result;
+use cudarc::driver::sys::CUstreamCaptureMode;
 use linger::{linger, release};
 use support::on_virtual_gpu;
 
@@ -39,7 +43,7 @@ fn memory_under_a_kernel_that_hangs_is_left_to_it_after_a_while() {
         let arena = |sharing| Arena::new(&device, 2 * MIB, sharing).unwrap();
         let (descriptor, handle) = (arena(Sharing::Descriptor), arena(Sharing::Handle));
         let buffer = Buffer::zeroed(&device, DType::U8, 2 * MIB).unwrap();
-        let pinned = || Pinned::zeroed(&device, 24).unwrap();
+        let pinned = || Pinned::zeroed(&self::device(), 24).unwrap(); // each by a device value of its own
         let (area, pinned, late) = (pinned(), pinned(), [pinned(), pinned(), pinned()]);
         linger(&kernels, &stream, area.address(), PATIENCE);
 
@@ -84,7 +88,42 @@ fn an_arena_dropped_in_a_capture_is_not_unmapped_under_kernels() {
         });
         assert!(matches!(captured, Err(Error::Capture { .. })), "{captured:?}");
         assert_eq!(free_bytes(&device), 6 * MIB);
-        assert!(log.has("dropped while a graph was captured"));
+        assert!(log.has("an arena") && log.has("memory is kept for ever"));
+    });
+}
+
+/// A trainer's library captures so: whatever is not for a capture ends it then, in whichever thread.
+#[test]
+fn memory_is_freed_while_somebody_captures_in_global_mode() {
+    on_virtual_gpu("memory_is_freed_while_somebody_captures_in_global_mode", SMALL, || {
+        let device = device();
+        let buffer = Buffer::zeroed(&device, DType::U8, 2 * MIB).unwrap();
+        let pinned = Pinned::zeroed(&device, 24).unwrap();
+        // The context is current to this thread.
+        let stream = result::stream::create(raw::NON_BLOCKING).unwrap();
+        // SAFETY: a stream that lives.
+        unsafe { result::stream::begin_capture(stream, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL) }.unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(buffer));
+            drop(pinned);
+        });
+        // SAFETY: as above.
+        unsafe { result::stream::end_capture(stream) }.unwrap();
+        assert_eq!(free_bytes(&device), 8 * MIB);
+    });
+}
+
+#[test]
+fn code_is_unloaded_behind_its_kernels() {
+    on_virtual_gpu("code_is_unloaded_behind_its_kernels", SMALL, || {
+        let device = device();
+        let (kernels, stream) = (Kernels::load(&device).unwrap(), stream(&device));
+        let area = Pinned::zeroed(&device, 24).unwrap();
+        let start = Instant::now();
+        linger(&kernels, &stream, area.address(), Duration::from_secs(1));
+        drop(kernels);
+        assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
+        stream.synchronize(PATIENCE).unwrap();
     });
 }
 
