@@ -54,6 +54,13 @@ DEVICE void store(T* to, const Pack<T, W>& pack) {
                    "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
                    : "memory");
     }
+  } else if constexpr (W * sizeof(T) == 8) {
+    const uint2 words = reinterpret_cast<const uint2&>(pack);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else if constexpr (W * sizeof(T) == 4) {
+    const uint32_t word = reinterpret_cast<const uint32_t&>(pack);
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(word) : "memory");
   } else {
     __builtin_assume(__isGlobal(to));
 #pragma unroll

@@ -54,9 +54,9 @@ const ADAMW: [Wide; 1] = [(8, 6)];
 const SGD: [Wide; 1] = [(6, 4)];
 /// Four elements of 16 bits, beside four of f32 that are 16 bytes.
 const HALF_PACKS: [Access; 2] = [Access::load(8), Access::store(8)];
-/// The copy of finished sums in another dtype, element by element: 16 bits; of f64 sums f32, too.
-const COPIES_OF_F32: [Access; 1] = [Access::store(2)];
-const COPIES_OF_F64: [Access; 2] = [Access::store(4), Access::store(2)];
+/// The copy of finished sums in a narrower dtype: four of f32 in 16 bits; two of f64 in f32, in 16 bits.
+const COPIES_OF_F32: [Access; 1] = [Access::store(8)];
+const COPIES_OF_F64: [Access; 2] = [Access::store(8), Access::store(4)];
 
 const KERNELS: [Kernel; 21] = [
     Kernel::new("accumulate_tensors", 80, &ADDITIONS),

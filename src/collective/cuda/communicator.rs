@@ -395,7 +395,8 @@ impl Communicator {
         let shape = Shape { blocks: plan.channels, threads: plan.threads, shared_bytes: 0, cooperative: false };
         // SAFETY: the arguments' own type. Tables, links, state and records live in `self`, which is not dropped before its
         // kernels have ended; links lead to staging that is mapped as long; the views' lengths were checked against the
-        // descriptor, and freeing their memory waits for what uses it. Kernels of this communicator run one after another.
+        // descriptor, and their memory is not unmapped under a kernel; who gets a range of an arena anew is ordered behind this
+        // by who gave it back (`Arena::alloc`). Kernels of this communicator run one after another.
         unsafe {
             match &mut connection.runner {
                 Runner::Alone => self.kernels.launch(collective_entry(call.dtype()), shape, stream, &arguments),

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
@@ -46,7 +46,6 @@ impl Device {
         let work = move || {
             let (owned, free) = ManuallyDrop::into_inner(work);
             let freed = free_now(&device, free);
-            stuck().remove(&device.uuid());
             match &freed {
                 Ok(()) => drop(owned),
                 Err(error) => {
@@ -54,7 +53,10 @@ impl Device {
                     tell(&device, what, error);
                 }
             }
+            let uuid = device.uuid();
             drop(device); // who goes on finds it as it is without this memory
+            let mut stuck = stuck(); // until it is said: who gives up at this moment must hear it
+            stuck.remove(&uuid);
             let _ = ended.send(freed.is_ok()); // nobody waits any more: it took too long
         };
         let (ordinal, uuid) = (self.ordinal(), self.uuid());
@@ -68,13 +70,17 @@ impl Device {
             return false;
         }
         let patience = if stuck().contains(&uuid) { Duration::ZERO } else { PATIENCE };
-        let answer = end.recv_timeout(patience);
-        if answer == Err(RecvTimeoutError::Timeout) {
-            stuck().insert(uuid);
-            let waited_ms = patience.as_millis() as u64;
-            tracing::warn!(device = ordinal, what, waited_ms, "memory is kept until the device's work ends");
+        if let Ok(was_freed) = end.recv_timeout(patience) {
+            return was_freed;
         }
-        answer.unwrap_or(false)
+        let mut stuck = stuck();
+        if let Ok(was_freed) = end.try_recv() {
+            return was_freed;
+        }
+        stuck.insert(uuid);
+        let waited_ms = patience.as_millis() as u64;
+        tracing::warn!(device = ordinal, what, waited_ms, "memory is kept until the device's work ends");
+        false
     }
 
     /// Waits until whatever was enqueued on the device has run, for what the driver would let go of at once. One that has
