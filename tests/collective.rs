@@ -46,11 +46,21 @@ fn input<T: Element>(rank: u32, len_elems: usize) -> Vec<T> {
 }
 
 /// Bit equality, but any NaN equals any NaN.
+fn first_difference<T: Element>(actual: &[T], expected: &[T]) -> Option<usize> {
+    let differ = |(a, e): (&T, &T)| {
+        bytemuck::bytes_of(a) != bytemuck::bytes_of(e) && !(a.to_f64().is_nan() && e.to_f64().is_nan())
+    };
+    actual.iter().zip(expected).position(differ)
+}
+
+fn is_same<T: Element>(actual: &[T], expected: &[T]) -> bool {
+    actual.len() == expected.len() && first_difference(actual, expected).is_none()
+}
+
 fn assert_same<T: Element>(what: &str, actual: &[T], expected: &[T]) {
     assert_eq!(actual.len(), expected.len(), "{what}");
-    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
-        let same = bytemuck::bytes_of(a) == bytemuck::bytes_of(e) || (a.to_f64().is_nan() && e.to_f64().is_nan());
-        assert!(same, "{what}: element {i} is {a:?}, expected {e:?}");
+    if let Some(i) = first_difference(actual, expected) {
+        panic!("{what}: element {i} is {:?}, expected {:?}", actual[i], expected[i]);
     }
 }
 
@@ -99,44 +109,77 @@ fn all_reduce_matches<T: Element>(world_size: u32, options: &CollectiveOptions) 
         }
         results
     });
-    for (rank, results) in results.iter().enumerate() {
-        for (count, op, forms) in results {
-            let inputs: Vec<Vec<T>> = (0..world_size).map(|rank| input::<T>(rank, *count)).collect();
-            for (form, actual) in forms {
-                let what = format!("{form} {op} of {count} x {} on rank {rank} of {world_size}", T::DTYPE);
-                if options.algorithm == Some(Algorithm::Ring) && actual.len() * T::DTYPE.size_bytes() > 256 << 10 {
-                    ring_matches(&what, actual, &inputs, *op, options.partials);
-                } else if options.algorithm.is_none() {
-                    assert_same(&what, actual, &reference::all_reduce(&inputs, *op).unwrap());
-                }
+    for at in 0..results[0].len() {
+        let (count, op, _) = results[0][at];
+        let inputs: Vec<Vec<T>> = (0..world_size).map(|rank| input::<T>(rank, count)).collect();
+        let expected = Expected::of(&inputs, op, options);
+        for (rank, results) in results.iter().enumerate() {
+            for (form, actual) in &results[at].2 {
+                expected
+                    .check(&format!("{form} {op} of {count} x {} on rank {rank} of {world_size}", T::DTYPE), actual);
             }
         }
     }
 }
 
+/// Payload of one step is added in rank order, whatever is asked; no more than so much goes in one step.
+const MOST_ONE_STEP_BYTES: usize = 256 << 10;
+
+/// What an all-reduce may give.
+struct Expected<T> {
+    in_rank_order: Vec<T>,
+    /// Where a ring was asked for and the order of the terms shows.
+    in_ring_order: Option<Vec<T>>,
+}
+
+impl<T: Element> Expected<T> {
+    fn of(inputs: &[Vec<T>], op: ReduceOp, options: &CollectiveOptions) -> Expected<T> {
+        let shows_order = T::DTYPE.is_float() && !matches!(op, ReduceOp::Min | ReduceOp::Max);
+        let is_ring = options.algorithm == Some(Algorithm::Ring) && shows_order;
+        Expected {
+            in_rank_order: reference::all_reduce(inputs, op).unwrap(),
+            in_ring_order: is_ring.then(|| in_ring_order(inputs, op, options.partials)),
+        }
+    }
+
+    fn check(&self, what: &str, actual: &[T]) {
+        match &self.in_ring_order {
+            None => assert_same(what, actual, &self.in_rank_order),
+            // All of it in one order: halves of both would be no algorithm's.
+            Some(_) if size_of_val(actual) <= MOST_ONE_STEP_BYTES && is_same(actual, &self.in_rank_order) => {}
+            Some(in_ring_order) => assert_same(&format!("by ring, {what}"), actual, in_ring_order),
+        }
+    }
+}
+
 /// The ring's order: the shard of `owner` is added from `owner + 1` on.
-fn ring_matches<T: Element>(what: &str, actual: &[T], inputs: &[Vec<T>], op: ReduceOp, partials: Partials) {
+fn in_ring_order<T: Element>(inputs: &[Vec<T>], op: ReduceOp, partials: Partials) -> Vec<T> {
     use annulus::schedule::{Collective, Schedule};
-    let world_size = inputs.len() as u32;
+    let (world_size, len_elems) = (inputs.len() as u32, inputs[0].len());
     let align = 64 / T::DTYPE.size_bytes();
-    let plan = Schedule::new(Collective::AllReduce, Algorithm::Ring, world_size, actual.len(), 1, align).unwrap();
+    let plan = Schedule::new(Collective::AllReduce, Algorithm::Ring, world_size, len_elems, 1, align).unwrap();
+    let mut whole = vec![T::zeroed(); len_elems];
     for owner in 0..world_size {
         let shard = plan.shard(owner);
         let range = shard.offset_elems..shard.end_elems();
         let pieces: Vec<&[T]> = inputs.iter().map(|input| &input[range.clone()]).collect();
-        let first = (owner as usize + 1) % inputs.len();
-        let expected = match partials {
-            Partials::F32 => reference::all_reduce_from(&pieces, op, first).unwrap(),
-            Partials::Native => {
-                let mut sum = pieces[first].to_vec();
-                for k in 1..inputs.len() {
-                    let next = pieces[(first + k) % inputs.len()];
-                    sum = reference::all_reduce(&[sum.as_slice(), next], op).unwrap();
-                }
-                sum
+        whole[range].copy_from_slice(&shard_of_ring(&pieces, op, owner as usize, partials));
+    }
+    whole
+}
+
+fn shard_of_ring<T: Element>(pieces: &[&[T]], op: ReduceOp, owner: usize, partials: Partials) -> Vec<T> {
+    let first = (owner + 1) % pieces.len();
+    match partials {
+        Partials::F32 => reference::all_reduce_from(pieces, op, first).unwrap(),
+        Partials::Native => {
+            let mut sum = pieces[first].to_vec();
+            for k in 1..pieces.len() {
+                let next = pieces[(first + k) % pieces.len()];
+                sum = reference::all_reduce(&[sum.as_slice(), next], op).unwrap();
             }
-        };
-        assert_same(&format!("{what}, shard {owner}"), &actual[range], &expected);
+            sum
+        }
     }
 }
 
@@ -187,8 +230,9 @@ fn a_ring_of_native_partials_rounds_at_every_hop() {
         mine
     });
     let inputs: Vec<Vec<bf16>> = (0..3).map(|rank| input(rank, count)).collect();
+    let expected = in_ring_order(&inputs, ReduceOp::Sum, Partials::Native);
     for actual in &results {
-        ring_matches("native partials", actual, &inputs, ReduceOp::Sum, Partials::Native);
+        assert_same("native partials", actual, &expected);
     }
     let rounded_once = reference::all_reduce(&inputs, ReduceOp::Sum).unwrap();
     let differ = |(a, b): (&bf16, &bf16)| !a.is_nan() && a.to_bits() != b.to_bits();
@@ -200,9 +244,14 @@ fn scatter_gather_broadcast<T: Element>(world_size: u32, options: &CollectiveOpt
         let whole = shard * world_size as usize;
         let root = world_size - 1;
         let inputs: Vec<Vec<T>> = (0..world_size).map(|rank| input(rank, whole)).collect();
-        let scattered = match options.algorithm {
-            Some(Algorithm::Ring) => None, // another order of additions: compared with min below
-            _ => Some(reference::reduce_scatter(&inputs, ReduceOp::Sum).unwrap()),
+        let summed = |owner: usize| {
+            let range = owner * shard..(owner + 1) * shard;
+            let pieces: Vec<&[T]> = inputs.iter().map(|input| &input[range.clone()]).collect();
+            let is_ring = options.algorithm == Some(Algorithm::Ring);
+            Expected {
+                in_rank_order: reference::all_reduce(&pieces, ReduceOp::Sum).unwrap(),
+                in_ring_order: is_ring.then(|| shard_of_ring(&pieces, ReduceOp::Sum, owner, options.partials)),
+            }
         };
         let smallest = reference::reduce_scatter(&inputs, ReduceOp::Min).unwrap();
         let shards: Vec<&[T]> = inputs.iter().map(|input| &input[..shard]).collect();
@@ -236,11 +285,9 @@ fn scatter_gather_broadcast<T: Element>(world_size: u32, options: &CollectiveOpt
                 let mut expected = inputs[rank].clone();
                 expected[rank * shard..(rank + 1) * shard].copy_from_slice(&smallest[rank]);
                 assert_same(&format!("in place, {what}"), in_place.as_slice().unwrap(), &expected);
-                if let Some(scattered) = &scattered {
-                    let work =
-                        communicator.reduce_scatter(make(&inputs[rank]), zero(shard), ReduceOp::Sum, &stream).unwrap();
-                    assert_same(&what, work.wait().unwrap().1.as_slice().unwrap(), &scattered[rank]);
-                }
+                let work =
+                    communicator.reduce_scatter(make(&inputs[rank]), zero(shard), ReduceOp::Sum, &stream).unwrap();
+                summed(rank).check(&format!("sum, {what}"), work.wait().unwrap().1.as_slice().unwrap());
                 let (src, dst) =
                     communicator.all_gather(make(shards[rank]), zero(whole), &stream).unwrap().wait().unwrap();
                 assert_same(&what, src.as_slice().unwrap(), shards[rank]);
