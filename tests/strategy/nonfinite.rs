@@ -6,7 +6,10 @@ use annulus::strategy::{
 use annulus::{DType, Error, NormType, Result};
 
 use crate::gradients::clip;
-use crate::model::{Loss, Mlp, TIMEOUT, bits, ddp, everywhere, options, samples, times};
+use crate::model::{HIDDEN, INPUTS, Loss, Mlp, TIMEOUT, bits, ddp, everywhere, options, samples, times};
+
+/// Where `hidden.bias[2]` is among all weights: behind `idle` and `hidden.weight`.
+const BAD_WEIGHT: usize = 2 + HIDDEN * INPUTS + 2;
 
 /// A gradient of 1 everywhere but for `bad` on the last rank, in the third element of one parameter.
 struct Poisoned {
@@ -74,14 +77,27 @@ fn p14_skip_step_changes_no_weight_and_no_moment() {
 #[test]
 fn p14_propagate_lets_it_through() {
     everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(0.1).into()).unwrap();
-        let loss = poisoned(strategy, f32::NAN);
-        strategy.backward(&loss, &mut model).unwrap();
-        assert!(clip(strategy, &model, &mut optimizer, 1.0, NormType::L2).is_nan());
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        assert!(model.weights().iter().all(|w| w.is_nan()), "the coefficient is NaN");
-        assert_eq!(optimizer.skipped_steps().unwrap(), 0);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut model = Mlp::set_up(strategy);
+            let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(0.1).into()).unwrap();
+            let before = model.weights();
+            let loss = poisoned(strategy, bad);
+            strategy.backward(&loss, &mut model).unwrap();
+            let norm = clip(strategy, &model, &mut optimizer, 1.0, NormType::L2);
+            strategy.optimizer_step(&mut optimizer).unwrap();
+            let after = model.weights();
+            if bad.is_nan() {
+                assert!(norm.is_nan() && after.iter().all(|w| w.is_nan()), "the coefficient is NaN");
+            } else {
+                // The coefficient is 0, and 0 times infinity is NaN: that one weight is gone, the others stay.
+                let mut expected = before;
+                expected[BAD_WEIGHT] = f32::NAN;
+                assert_eq!(norm, f64::INFINITY);
+                let is_same = |(a, e): (&f32, &f32)| a.to_bits() == e.to_bits() || (a.is_nan() && e.is_nan());
+                assert!(after.iter().zip(&expected).all(is_same), "{bad}: {after:?}");
+            }
+            assert_eq!((optimizer.steps().unwrap(), optimizer.skipped_steps().unwrap()), (1, 0));
+        }
     });
 }
 
@@ -129,26 +145,35 @@ fn p14_error_deferred_of_the_last_step_is_told_by_teardown() {
 #[test]
 fn p14_error_now_fails_at_once() {
     everywhere(&options(), |strategy| {
-        let mut model = Mlp::set_up(strategy);
-        let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(0.1).into()).unwrap();
-        let before = state_bits(strategy, &model, &optimizer);
-        let loss = poisoned(strategy, f32::NAN);
-        strategy.backward(&loss, &mut model).unwrap();
-        let clipped = strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::Inf, Nonfinite::ErrorNow);
-        assert!(matches!(clipped, Err(Error::Nonfinite { .. })));
-        assert!(strategy.optimizer_step(&mut optimizer).is_err(), "the gradients are gone");
-        assert_eq!(state_bits(strategy, &model, &optimizer), before);
-        let data = samples(6);
-        strategy.backward(&Loss::of(&data), &mut model).unwrap();
-        strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::ErrorNow).unwrap();
-        strategy.optimizer_step(&mut optimizer).unwrap();
-        assert!(model.weights().iter().all(|w| w.is_finite()));
+        for (bad, norm_type) in [
+            (f32::NAN, NormType::Inf),
+            (f32::INFINITY, NormType::Inf),
+            (f32::NEG_INFINITY, NormType::L2),
+            (f32::INFINITY, NormType::L1),
+        ] {
+            let mut model = Mlp::set_up(strategy);
+            let mut optimizer = strategy.setup_optimizer(&model, AdamW::new(0.1).into()).unwrap();
+            let before = state_bits(strategy, &model, &optimizer);
+            let loss = poisoned(strategy, bad);
+            strategy.backward(&loss, &mut model).unwrap();
+            let clipped = strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, norm_type, Nonfinite::ErrorNow);
+            let error = clipped.map(|_| ()).unwrap_err();
+            let Error::Nonfinite { tensor, total_norm, .. } = &error else { panic!("{error}") };
+            assert_eq!((tensor.as_str(), total_norm.is_nan()), ("hidden.bias", bad.is_nan()));
+            assert!(strategy.optimizer_step(&mut optimizer).is_err(), "the gradients are gone");
+            assert_eq!(state_bits(strategy, &model, &optimizer), before);
+            let data = samples(6);
+            strategy.backward(&Loss::of(&data), &mut model).unwrap();
+            strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::ErrorNow).unwrap();
+            strategy.optimizer_step(&mut optimizer).unwrap();
+            assert!(model.weights().iter().all(|w| w.is_finite()));
+        }
     });
 }
 
 #[test]
 fn p14_every_position_is_seen_on_all_ranks() {
-    // One parameter of every small length, the bad element everywhere in it.
+    // One parameter of every small length, the bad element everywhere in it, on the last rank alone.
     let long = times(300, 19);
     for (len, dtype) in [(1, DType::F32), (long.min(67), DType::F32), (long.min(67), DType::BF16), (long, DType::F16)] {
         let options = StrategyOptions { gradient_dtype: Some(dtype), ..options() };
@@ -156,19 +181,23 @@ fn p14_every_position_is_seen_on_all_ranks() {
             let init = strategy.module_init_context(Init::Default);
             let model = crate::rows::One(init.parameter("w", &[len], |_| ()).unwrap());
             let (mut model, mut optimizer) = strategy.setup_module_and_optimizers(model, Sgd::new(0.1)).unwrap();
-            for at in 0..len {
+            let is_last = strategy.rank() == strategy.world_size() - 1;
+            let mut skipped = 0;
+            for (bad, at) in [f32::NAN, f32::INFINITY].into_iter().flat_map(|bad| (0..len).map(move |at| (bad, at))) {
                 let loss = |model: &mut crate::rows::One, sink: &mut GradSink<'_>| {
                     let mut gradient = vec![1.0_f32; len];
-                    if sink.buckets().total == 1 && at % 2 == 0 {
-                        gradient[at] = f32::NAN;
+                    if is_last {
+                        gradient[at] = bad;
                     }
                     sink.write(&model.0, &gradient)
                 };
                 strategy.backward(&loss, &mut model).unwrap();
                 strategy.clip_gradients_norm(&model, &mut optimizer, 1.0, NormType::L2, Nonfinite::SkipStep).unwrap();
                 strategy.optimizer_step(&mut optimizer).unwrap();
-                assert_eq!(optimizer.skipped_steps().unwrap(), at as u64 / 2 + 1);
+                skipped += 1;
+                assert_eq!(optimizer.skipped_steps().unwrap(), skipped, "{bad} at {at} of {len} x {dtype}");
             }
+            assert_eq!(optimizer.steps().unwrap(), 0);
             strategy.teardown(TIMEOUT).unwrap();
         });
     }
