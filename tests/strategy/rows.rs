@@ -1,14 +1,16 @@
 //! Rows of the contract about environment, data, modules and optimizers.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use annulus::device::{Buffer, Uninit};
 use annulus::strategy::{
-    AdamW, DataLoader, Ddp, Init, Last, Module, OptimizerSpec, Parameter, Precision, Sgd, SingleDevice, Strategy,
-    StrategyOptions, UpdateRule, setup,
+    AdamW, DataLoader, Ddp, Device, Init, Last, Module, OptimizerSpec, Parameter, Precision, Sgd, SingleDevice,
+    Strategy, StrategyOptions, Tensor, ToDevice, UpdateRule, setup,
 };
 use annulus::world::{Environment, launch};
-use annulus::{DType, Error, NormType};
+use annulus::{DType, Error, NormType, Result};
+use half::bf16;
 
 use crate::model::{Loss, Mlp, TIMEOUT, bits, ddp, everywhere, options, samples, widened};
 
@@ -294,14 +296,56 @@ fn row_setup_module_and_optimizers_keeps_the_order() {
     });
 }
 
+/// A batch of a type of the trainer's own.
+struct Pairs {
+    inputs: Tensor,
+    targets: Vec<Tensor>,
+    weight: f32,
+}
+
+impl ToDevice for Pairs {
+    fn to_device(self, device: &Device) -> Result<Self> {
+        let (inputs, targets) = (self.inputs.to_device(device)?, self.targets.to_device(device)?);
+        Ok(Pairs { inputs, targets, weight: self.weight })
+    }
+}
+
 #[test]
 fn row_module_and_batch_to_device() {
     everywhere(&options(), |strategy| {
         let model = Mlp::set_up(strategy);
+        let before = bits(&model.weights());
         strategy.module_to_device(&model).unwrap();
-        let tensor = strategy.alloc(&[2], DType::F32).unwrap();
-        let (list, name) = strategy.batch_to_device((vec![Some(tensor)], "batch")).unwrap();
-        assert_eq!((list[0].as_ref().unwrap().shape(), name), (&[2][..], "batch"));
+        assert_eq!(bits(&model.weights()), before);
+        let on_host = |x: f32| Tensor::from_slice(&[3, 1], &[x, -x, f32::INFINITY]).unwrap();
+        let mut there = strategy.alloc(&[3, 1], DType::F32).unwrap();
+        there.write(&[5.0, -5.0, f32::INFINITY]).unwrap();
+        let empty = Tensor::zeroed(&[0, 4], DType::I64).unwrap();
+        let half = Tensor::from_slice(&[2], &[bf16::ONE, bf16::NEG_ONE]).unwrap();
+        let batch = (
+            vec![Some(on_host(1.0)), None, Some(there)],
+            BTreeMap::from([("empty", empty), ("half", half)]),
+            Pairs { inputs: on_host(2.0), targets: vec![on_host(3.0), on_host(4.0)], weight: 0.5 },
+            "name",
+        );
+        let (list, map, pairs, name) = strategy.batch_to_device(batch).unwrap();
+        // What came back is where the strategy computes, and says what it said.
+        let is_on_host = strategy.root_device().to_string() == "host";
+        let holds = |tensor: &Tensor, x: f32| {
+            assert_eq!((tensor.shape(), tensor.buffer().is_some()), (&[3, 1][..], is_on_host));
+            assert_eq!(tensor.to_vec::<f32>().unwrap(), [x, -x, f32::INFINITY]);
+        };
+        assert!(list.len() == 3 && list[1].is_none());
+        holds(list[0].as_ref().unwrap(), 1.0);
+        holds(list[2].as_ref().unwrap(), 5.0);
+        holds(&pairs.inputs, 2.0);
+        assert_eq!(pairs.targets.len(), 2);
+        holds(&pairs.targets[0], 3.0);
+        holds(&pairs.targets[1], 4.0);
+        assert_eq!((map.len(), map["empty"].shape(), map["empty"].dtype()), (2, &[0, 4][..], DType::I64));
+        assert_eq!(map["half"].to_vec::<bf16>().unwrap(), [bf16::ONE, bf16::NEG_ONE]);
+        assert_eq!(map["half"].buffer().is_some(), is_on_host);
+        assert_eq!((pairs.weight, name), (0.5, "name"));
     });
 }
 
