@@ -1,4 +1,4 @@
-//! Each instruction against what PTX says of it.
+//! Instructions against what PTX says of them, on a few values each. (Those that the kernels have, on many: `opcodes`.)
 
 use annulus_vgpu::{Arguments, Fault, Launch, Memory, Module, Options, run};
 
