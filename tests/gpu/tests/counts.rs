@@ -1,5 +1,6 @@
-//! What every timed operation costs, as far as it can be known without a GPU: bytes that the kernels load and store, and those of
-//! the memory transactions by which they do, beside the least that there is, and instructions.
+//! What every timed operation costs, and those that are timed only as part of a step, as far as it can be known without a GPU:
+//! bytes that the kernels load and store, and those of the memory transactions by which they do, beside the least that there is,
+//! and instructions.
 //!
 //!     cargo test -p annulus-gpu --test counts -- --nocapture
 
@@ -8,9 +9,12 @@ mod support;
 
 use std::path::Path;
 
+use annulus::DType;
+use annulus::ops::cuda::{Contribution, Contributions};
 use annulus_gpu::Result;
 use annulus_gpu::site::Site;
-use annulus_gpu::time::cases::CASES;
+use annulus_gpu::time::cases::{CASES, Work};
+use annulus_gpu::time::model::tensors;
 use support::on_virtual_gpu;
 
 /// Whole chunks, a part of one, an odd length.
@@ -18,6 +22,22 @@ const LENS: [usize; 3] = [32_768, 20_000, 1021];
 
 /// Bytes an element beside the least: tables, slots, and the heads and tails that are read in small pieces.
 const BESIDE: f64 = 1.4;
+
+/// Name, least bytes an element, and what makes ready.
+type Operation = (&'static str, u64, fn(&Site, &[usize]) -> Result<Work>);
+
+fn operations() -> impl Iterator<Item = Operation> {
+    let timed = CASES.iter().map(|case| (case.what, case.bytes_per_elem, case.prepare));
+    timed.chain([("stage bf16 into f32", 6, stage as _)])
+}
+
+/// The first micro-batch into buckets.
+fn stage(site: &Site, lens: &[usize]) -> Result<Work> {
+    let [sources, targets] = [tensors(site, DType::BF16, lens)?, tensors(site, DType::F32, lens)?];
+    let pairs: Vec<_> = sources.into_iter().zip(targets).collect();
+    let list = Contributions::new(&site.kernels, &pairs)?;
+    Ok(Box::new(move |stream| Ok(list.launch(stream, Contribution::Replace, 0.25)?)))
+}
 
 #[derive(Default)]
 struct Cost {
@@ -52,19 +72,18 @@ fn measure() -> Result<()> {
     let mut table =
         "| operation | kernels | least B | loaded + stored B | of least | transactions | instructions |\n".to_owned();
     table += "|---|---|---:|---:|---:|---:|---:|\n";
-    for case in CASES {
-        let mut work = (case.prepare)(&site, &LENS)?;
+    for (what, least, prepare) in operations() {
+        let mut work = prepare(&site, &LENS)?;
         site.synchronize()?;
         let before = read().len();
         work(&site.stream)?;
         site.synchronize()?;
         let Cost { kernels, instructions, loaded_bytes, stored_bytes, transactions } = cost_since(&read(), before);
         let per_elem = |count: u64| count as f64 / len_elems as f64;
-        let (least, moved) = (case.bytes_per_elem as f64, per_elem(loaded_bytes + stored_bytes));
+        let (least, moved) = (least as f64, per_elem(loaded_bytes + stored_bytes));
         let transferred = per_elem(32 * transactions);
         table += &format!(
-            "| {} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.3} | {:.1} |\n",
-            case.what,
+            "| {what} | `{}` | {least:.0} | {:.2} + {:.2} | {:.3} | {:.3} | {:.1} |\n",
             kernels.join("`, `"),
             per_elem(loaded_bytes),
             per_elem(stored_bytes),
@@ -72,14 +91,13 @@ fn measure() -> Result<()> {
             transferred / least,
             per_elem(instructions)
         );
-        assert!(!kernels.is_empty() && moved >= least, "{}: {moved} bytes an element", case.what);
+        assert!(!kernels.is_empty() && moved >= least, "{what}: {moved} bytes an element");
         // A chunk is read again to divide it by its largest element; caches hold it.
         let passes = if kernels.iter().any(|kernel| kernel == "measure_norm_p") { 2.0 } else { 1.0 };
-        assert!(moved <= least * passes + BESIDE, "{}: {moved} bytes an element, {least} would do", case.what);
+        assert!(moved <= least * passes + BESIDE, "{what}: {moved} bytes an element, {least} would do");
         assert!(
             transferred <= 1.1 * least * passes,
-            "{}: transactions of {transferred} bytes an element, {least} would do",
-            case.what
+            "{what}: transactions of {transferred} bytes an element, {least} would do"
         );
     }
     std::fs::write(Path::new(&path).with_extension("md"), table)?;
