@@ -1,4 +1,5 @@
-//! Gates on the machine code that `ptxas` makes, as `nvdisasm` shows it.
+//! Gates on the machine code that `ptxas` makes, as `nvdisasm` shows it. Where one of them is missing its gates are skipped, with a
+//! line that says so; `ANNULUS_REQUIRE_GATES=1` makes that a failure, for machines that must have both (CI).
 
 use std::collections::HashMap;
 use std::env;
@@ -26,6 +27,15 @@ fn tool(name: &str) -> Option<PathBuf> {
     folders.chain(env::split_paths(&path)).map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
+/// `tool`, or none where its gates may be skipped.
+fn or_skip(tool: Option<PathBuf>, skipped: &str, is_required: bool) -> Option<PathBuf> {
+    if tool.is_none() {
+        assert!(!is_required, "ANNULUS_REQUIRE_GATES is set, and {skipped}");
+        eprintln!("skipped: {skipped}");
+    }
+    tool
+}
+
 /// Runs a tool; what it printed on both outputs.
 fn output_of(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -37,10 +47,10 @@ fn output_of(command: &mut Command) -> String {
 /// Prints the machine code of every kernel in figures (`--nocapture`): those of BENCHMARKS.md.
 #[test]
 fn machine_code_spills_nothing_keeps_within_its_registers_and_moves_16_bytes() {
-    let Some(ptxas) = tool("ptxas") else {
-        eprintln!("skipped: no ptxas in CUDA_HOME/bin, CUDA_PATH/bin, beside NVCC or in PATH");
-        return;
-    };
+    let is_required = env::var_os("ANNULUS_REQUIRE_GATES").is_some_and(|value| value == "1");
+    let nowhere = "in CUDA_HOME/bin, CUDA_PATH/bin, beside NVCC or in PATH";
+    let Some(ptxas) = or_skip(tool("ptxas"), &format!("no ptxas {nowhere}"), is_required) else { return };
+    let nvdisasm = or_skip(tool("nvdisasm"), &format!("instructions: no nvdisasm {nowhere}"), is_required);
     let folder = tempfile::tempdir().unwrap();
     println!("{TITLE}");
     for (name, text) in kernels::ALL {
@@ -51,10 +61,7 @@ fn machine_code_spills_nothing_keeps_within_its_registers_and_moves_16_bytes() {
             let report = output_of(Command::new(&ptxas).args(["-v", "-arch", arch, "-o"]).arg(&cubin).arg(&source));
             let registers = registers_of(&report, arch);
             assert_eq!(registers.len(), text.matches(".visible .entry").count(), "{name} on {arch}: {report}");
-            let Some(nvdisasm) = tool("nvdisasm") else {
-                eprintln!("instructions of {name} on {arch} not checked: no nvdisasm beside ptxas or in PATH");
-                continue;
-            };
+            let Some(nvdisasm) = &nvdisasm else { continue };
             let disassembly = output_of(Command::new(nvdisasm).arg("-c").arg(&cubin));
             let sections = sections_of(&disassembly);
             assert_eq!(sections.len(), registers.len(), "kernels of {name} on {arch}");
@@ -218,4 +225,13 @@ fn the_loops_of_a_disassembly_are_found() {
     assert_eq!(accesses, [Access::load(2), Access::load(16), Access::store(8), Access::store(4)]);
     assert!(hot_loops(&code, &[]).is_empty());
     assert_eq!(hot_loops(&code, &[Access::store(8)]).len(), 1, "where the kernel is allowed it");
+}
+
+#[test]
+fn a_missing_tool_is_a_failure_only_where_the_gates_are_required() {
+    let tool = Some(PathBuf::from("ptxas"));
+    assert_eq!(or_skip(tool.clone(), "no ptxas", true), tool);
+    assert_eq!(or_skip(None, "no ptxas", false), None);
+    let failure = std::panic::catch_unwind(|| or_skip(None, "no ptxas", true)).unwrap_err();
+    assert_eq!(failure.downcast_ref::<String>().unwrap(), "ANNULUS_REQUIRE_GATES is set, and no ptxas");
 }

@@ -1,6 +1,6 @@
 //! What the kernels' code must have and must not have: gates on the PTX, which run anywhere, and on what `ptxas` makes of it,
-//! where the toolkit is (`CUDA_HOME`, `CUDA_PATH`, beside `NVCC`, or `PATH`; CI installs it). Presence and upper bounds are
-//! pinned, not counts: a compiler may do better.
+//! where the toolkit is (`CUDA_HOME`, `CUDA_PATH`, beside `NVCC`, or `PATH`; CI installs it, and `ANNULUS_REQUIRE_GATES=1` fails
+//! without it). Presence and upper bounds are pinned, not counts: a compiler may do better.
 
 mod flow;
 mod hot;
