@@ -5,22 +5,35 @@
 //
 // In f32, each operation rounded, the result rounded once more to the dtype of `dst`; f32, f16 and bf16 in any pair. A factor of
 // 1 is exact, so `dst` has then the bits of a cast, or of a sum in f32. Chunks go to blocks in turn; how each is read and
-// written: elementwise.cuh. The tensors are a table in device memory, or one tensor in the argument: a gradient that lies
-// somewhere else in every step.
+// written: elementwise.cuh. The tensors are a table in device memory, or some in the argument: gradients that lie somewhere
+// else in every step, without an upload that the host would have to wait for. A block finds its tensor by halving.
 //
 // Cost: every source element read once, every result written once; to accumulate, read once before.
 // Source: src/strategy/gradient.rs, `contribute`.
 #include "elementwise.cuh"
 
+constexpr uint32_t MAX_STAGED = 64;
+
+// src/abi/accumulate.rs: StagedTensor
+struct StagedTensor {
+  uint64_t src;  // address
+  uint64_t dst;  // address
+  uint64_t len_elems;
+  uint32_t first_chunk;  // of this launch
+  uint16_t src_dtype;
+  uint16_t dst_dtype;
+};
+static_assert(sizeof(StagedTensor) == 32, "src/abi/accumulate.rs");
+
 // src/abi/accumulate.rs: AccumulateArguments
 struct AccumulateArguments {
   const CastTensor* tensors;
-  ChunkRange range;   // `chunks` null: those of `tensor`
-  CastTensor tensor;
+  ChunkRange range;  // `chunks` null: those of `staged`, one after the other
   float factor;
-  uint32_t padding;
+  uint32_t len_staged;
+  StagedTensor staged[MAX_STAGED];  // none is empty
 };
-static_assert(sizeof(AccumulateArguments) == 80, "src/abi/accumulate.rs");
+static_assert(sizeof(AccumulateArguments) == 2088, "src/abi/accumulate.rs");
 
 template <uint32_t BYTES, uint32_t PACKS, uint32_t LANES>
 DEVICE void widen_group(const Pack (&packs)[PACKS], uint32_t dtype, float (&x)[LANES]) {
@@ -69,15 +82,36 @@ DEVICE void contribute(const CastTensor& tensor, const Piece& piece, float facto
   map_chunk<SRC_BYTES, 2, ADDS>(piece, op);
 }
 
+// The tensor in the argument that chunk `at` of the launch is of.
+DEVICE const StagedTensor& staged_at(const AccumulateArguments& arguments, uint64_t at) {
+  uint32_t low = 0, end = arguments.len_staged;
+#pragma unroll 1
+  while (end - low > 1) {
+    const uint32_t middle = (low + end) / 2;
+    const bool is_before = arguments.staged[middle].first_chunk <= at;
+    low = is_before ? middle : low;
+    end = is_before ? end : middle;
+  }
+  return arguments.staged[low];
+}
+
 template <bool ADDS>
 DEVICE void contribute_all(const AccumulateArguments& arguments) {
   const ChunkRange& range = arguments.range;
 #pragma unroll 1
   for (uint64_t at = blockIdx.x; at < range.len_chunks; at += gridDim.x) {
-    const bool is_one = range.chunks == nullptr;
-    const ChunkRef chunk = is_one ? ChunkRef{0, static_cast<uint32_t>(at)} : range.chunks[range.first_chunk + at];
-    const CastTensor tensor = is_one ? arguments.tensor : arguments.tensors[chunk.tensor];
-    const Piece piece = piece_of(tensor, chunk.index);
+    CastTensor tensor;
+    uint32_t index;
+    if (range.chunks == nullptr) {
+      const StagedTensor& staged = staged_at(arguments, at);
+      tensor = {staged.src, staged.dst, staged.len_elems, 0, staged.src_dtype, staged.dst_dtype};
+      index = static_cast<uint32_t>(at) - staged.first_chunk;
+    } else {
+      const ChunkRef chunk = range.chunks[range.first_chunk + at];
+      tensor = arguments.tensors[chunk.tensor];
+      index = chunk.index;
+    }
+    const Piece piece = piece_of(tensor, index);
     if (tensor.src_dtype == F32) {
       contribute<4, ADDS>(tensor, piece, arguments.factor);
     } else {

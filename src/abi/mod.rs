@@ -14,7 +14,7 @@ mod scaler;
 mod store;
 mod table;
 
-pub use accumulate::AccumulateArguments;
+pub use accumulate::{AccumulateArguments, MAX_STAGED, StagedTensor};
 pub use cast::{CastArguments, CastTensor, ClampArguments, ELEMENTWISE_THREADS, RoundingKey, ScaleArguments};
 pub use norm::{
     CombineArguments, NORM_THREADS, NormArguments, NormRecord, NormSlot, NormState, NormTensor, StepSignal,

@@ -332,11 +332,7 @@ impl Gradients {
             accepted: "a parameter of the module that backward was called with",
         })?;
         if self.ready[index] {
-            return Err(Error::InvalidArgument {
-                argument: "gradient",
-                value: format!("a second one of parameter {:?}", parameter.name()),
-                accepted: "one final gradient for each parameter and backward; contributions before it go through add",
-            });
+            return Err(self.second(index));
         }
         if len_elems != parameter.len_elems() {
             return Err(Error::LengthMismatch {
@@ -348,9 +344,23 @@ impl Gradients {
         Ok(index)
     }
 
-    /// The current backward contributes to this parameter. Whether to replace what is there.
-    pub fn touch(&mut self, parameter: usize) -> bool {
-        std::mem::replace(&mut self.fresh[parameter], false)
+    /// That a parameter has two final gradients.
+    pub fn second(&self, parameter: usize) -> Error {
+        Error::InvalidArgument {
+            argument: "gradient",
+            value: format!("a second one of parameter {:?}", self.parameters[parameter].name()),
+            accepted: "one final gradient for each parameter and backward; contributions before it go through add",
+        }
+    }
+
+    /// The bucket that a parameter's gradient is in.
+    pub fn bucket_of(&self, parameter: usize) -> usize {
+        self.places[parameter].bucket
+    }
+
+    /// The current backward has contributed to this parameter.
+    pub fn touch(&mut self, parameter: usize) {
+        self.fresh[parameter] = false;
     }
 
     /// Nothing more comes for this parameter.

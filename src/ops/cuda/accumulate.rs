@@ -1,10 +1,12 @@
 //! Gradients into buckets on a device, from wherever a backward left them.
 
+use bytemuck::Zeroable;
+
 use super::cast::{ELEMENTWISE, pairs_table};
-use super::table::{SINGLES, Table, lone_pair};
-use crate::abi::{AccumulateArguments, CHUNK_ELEMS, CastTensor, ChunkRange};
+use super::table::{Region, SINGLES, Table, check_apart, pair_regions};
+use crate::abi::{AccumulateArguments, CHUNK_ELEMS, ChunkRange, MAX_STAGED, StagedTensor};
 use crate::device::cuda::{Kernels, Stream, View};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What becomes of what the target holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,46 +48,81 @@ impl Contributions {
         if range.len_chunks == 0 {
             return Ok(());
         }
-        let tensor = bytemuck::Zeroable::zeroed();
-        let arguments = AccumulateArguments { tensors: self.0.tensors(), range, tensor, factor, padding: 0 };
+        let arguments =
+            AccumulateArguments { tensors: self.0.tensors(), range, factor, ..AccumulateArguments::zeroed() };
         // SAFETY: the kernel's own argument over this table, whose views were checked.
         unsafe { self.0.launch(contribution.kernel(), ELEMENTWISE, range.len_chunks, stream, &arguments) }
     }
 }
 
-/// `dst = src * factor`, or `dst += src * factor`, for one tensor whose source may lie somewhere else in every step: a gradient
-/// that an autograd library allocated ([`Buffer::foreign`](crate::device::cuda::Buffer::foreign)). f32, f16 and bf16 in any
-/// pair; the addresses are arguments of the launch.
+/// `dst = src * factor`, or `dst += src * factor`, for pairs of source and target whose sources may lie somewhere else in every
+/// step: gradients that an autograd library allocated ([`Buffer::foreign`](crate::device::cuda::Buffer::foreign)). f32, f16 and
+/// bf16 in any pair. The addresses are arguments of the launch, one for each 64 pairs; nothing is allocated or uploaded.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported), [`Error::LengthMismatch`](crate::Error::LengthMismatch);
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for views that overlap or are on another device; what the
-/// driver says.
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for views that overlap with others of their launch or are on another
+/// device; [`Error::SizeOverflow`](crate::Error::SizeOverflow) for 2^47 elements in a launch; what the driver says. Launches
+/// before the one that fails have been enqueued.
 pub fn contribute(
     kernels: &Kernels,
     stream: &Stream,
-    (src, dst): (&View, &View),
+    pairs: &[(View, View)],
     contribution: Contribution,
     factor: f32,
 ) -> Result<()> {
-    let [src_address, dst_address] = lone_pair(kernels.device(), src, dst, [SINGLES, SINGLES])?;
-    if src.is_empty() {
+    pairs.chunks(MAX_STAGED).try_for_each(|pairs| launch(kernels, stream, pairs, contribution, factor))
+}
+
+fn launch(
+    kernels: &Kernels,
+    stream: &Stream,
+    pairs: &[(View, View)],
+    contribution: Contribution,
+    factor: f32,
+) -> Result<()> {
+    let mut arguments = AccumulateArguments { factor, ..AccumulateArguments::zeroed() };
+    let mut regions = [Region::default(); 2 * MAX_STAGED];
+    let (mut len_staged, mut len_regions, mut len_chunks) = (0, 0, 0);
+    for (tensor, (src, dst)) in pairs.iter().enumerate() {
+        let (target, source) = pair_regions(kernels.device(), tensor, (src, dst), [SINGLES, SINGLES])?;
+        if src.is_empty() {
+            continue;
+        }
+        for region in [Some(target), source].into_iter().flatten() {
+            regions[len_regions] = region;
+            len_regions += 1;
+        }
+        let len_elems = src.len_elems() as u64;
+        arguments.staged[len_staged] = StagedTensor {
+            src: src.address(),
+            dst: dst.address(),
+            len_elems,
+            first_chunk: u32::try_from(len_chunks).map_err(|_| too_long(pairs))?,
+            src_dtype: src.dtype() as u16,
+            dst_dtype: dst.dtype() as u16,
+        };
+        len_staged += 1;
+        len_chunks += len_elems.div_ceil(CHUNK_ELEMS as u64);
+    }
+    if len_staged == 0 {
         return Ok(());
     }
-    let len_elems = src.len_elems() as u64;
-    let range = ChunkRange { chunks: 0, first_chunk: 0, len_chunks: len_elems.div_ceil(CHUNK_ELEMS as u64) };
-    let tensor = CastTensor {
-        src: src_address,
-        dst: dst_address,
-        len_elems,
-        first_index: 0,
-        src_dtype: src.dtype() as u32,
-        dst_dtype: dst.dtype() as u32,
-    };
-    let arguments = AccumulateArguments { tensors: 0, range, tensor, factor, padding: 0 };
-    let shape = ELEMENTWISE.shape(kernels, range.len_chunks);
-    stream.keep(&(src.clone(), dst.clone()));
+    check_apart(&mut regions[..len_regions])?;
+    // The last chunk has a number, too.
+    u32::try_from(len_chunks - 1).map_err(|_| too_long(pairs))?;
+    arguments.len_staged = len_staged as u32;
+    arguments.range = ChunkRange { chunks: 0, first_chunk: 0, len_chunks };
+    pairs.iter().for_each(|pair| stream.keep(pair));
+    let shape = ELEMENTWISE.shape(kernels, len_chunks);
     // SAFETY: the kernel's own argument, of views that were checked; private memory is freed behind the kernel, an arena outlives
     // its ranges, and of foreign memory its caller has promised it.
     unsafe { kernels.launch(contribution.kernel(), shape, stream, &arguments) }
+}
+
+#[cold]
+fn too_long(pairs: &[(View, View)]) -> Error {
+    let longest = pairs.iter().map(|(src, _)| src.len_elems()).max();
+    let detail = format!("{} tensors, the longest of {longest:?} elements", pairs.len());
+    Error::SizeOverflow { what: "chunks of tensors to stage", detail }
 }

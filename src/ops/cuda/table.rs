@@ -17,11 +17,19 @@ pub(super) const SINGLES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
 pub(super) const HALVES: &[DType] = &[DType::F16, DType::BF16];
 
 /// Memory that a launch reads or writes.
-struct Region {
+#[derive(Clone, Copy, Default)]
+pub(super) struct Region {
     begin: u64,
     end: u64,
     tensor: usize,
     is_written: bool,
+}
+
+impl Region {
+    fn of(view: &View, tensor: usize, is_written: bool) -> Region {
+        let begin = view.address();
+        Region { begin, end: begin + view.len_bytes() as u64, tensor, is_written }
+    }
 }
 
 /// Collects what a list's tensors use, and checks it.
@@ -57,12 +65,12 @@ impl<'d> Operands<'d> {
     /// # Errors
     /// As [`Operands::read`]; [`Error::LengthMismatch`].
     pub fn pair(&mut self, tensor: usize, src: &View, dst: &View, accepted: [&[DType]; 2]) -> Result<[u64; 2]> {
-        check_length("target", tensor, src.len_elems(), dst)?;
-        let dst_address = self.write("target", tensor, dst, accepted[1])?;
-        if src.address() == dst_address && src.dtype() == dst.dtype() {
-            return Ok([dst_address; 2]);
+        let (target, source) = pair_regions(self.device, tensor, (src, dst), accepted)?;
+        if !src.is_empty() {
+            self.regions.extend([Some(target), source].into_iter().flatten());
         }
-        Ok([self.read("source", tensor, src, accepted[0])?, dst_address])
+        self.views.extend([src, dst].map(View::clone));
+        Ok([src.address(), dst.address()])
     }
 
     fn take(
@@ -74,54 +82,61 @@ impl<'d> Operands<'d> {
         is_written: bool,
     ) -> Result<u64> {
         check_operand(what, self.device, tensor, view, accepted)?;
-        let begin = view.address();
         if !view.is_empty() {
-            self.regions.push(Region { begin, end: begin + view.len_bytes() as u64, tensor, is_written });
+            self.regions.push(Region::of(view, tensor, is_written));
         }
         self.views.push(view.clone());
-        Ok(begin)
+        Ok(view.address())
     }
 
-    /// Fails if anything written is also something else's: blocks run in any order.
+    /// As [`check_apart`], of all that was taken.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] names two tensors.
+    /// As that.
     pub fn check_apart(&mut self) -> Result<()> {
-        self.regions.sort_unstable_by_key(|region| region.begin);
-        // The region that reaches furthest so far, of all and of those that are written.
-        let (mut any, mut written): (Option<&Region>, Option<&Region>) = (None, None);
-        for region in &self.regions {
-            let before = if region.is_written { any } else { written };
-            if let Some(before) = before.filter(|before| before.end > region.begin) {
-                return Err(overlap(before.tensor, region.tensor));
-            }
-            let further = |old: Option<&Region>| old.is_none_or(|old| region.end > old.end);
-            if further(any) {
-                any = Some(region);
-            }
-            if region.is_written && further(written) {
-                written = Some(region);
-            }
-        }
-        Ok(())
+        check_apart(&mut self.regions)
     }
 }
 
-/// As [`Operands::pair`] and [`Operands::check_apart`] of one pair alone, which takes no memory.
+/// Fails if anything written is also something else's: blocks run in any order.
 ///
 /// # Errors
-/// As those.
-pub(super) fn lone_pair(device: &Device, src: &View, dst: &View, accepted: [&[DType]; 2]) -> Result<[u64; 2]> {
-    check_length("target", 0, src.len_elems(), dst)?;
-    check_operand("target", device, 0, dst, accepted[1])?;
-    check_operand("source", device, 0, src, accepted[0])?;
-    let [(begin, end), (dst_begin, dst_end)] =
-        [src, dst].map(|view| (view.address(), view.address() + view.len_bytes() as u64));
-    let is_in_place = begin == dst_begin && src.dtype() == dst.dtype();
-    if !is_in_place && begin < dst_end && dst_begin < end {
-        return Err(overlap(0, 0));
+/// [`Error::InvalidArgument`] names two tensors.
+pub(super) fn check_apart(regions: &mut [Region]) -> Result<()> {
+    regions.sort_unstable_by_key(|region| region.begin);
+    // The region that reaches furthest so far, of all and of those that are written.
+    let (mut any, mut written): (Option<&Region>, Option<&Region>) = (None, None);
+    for region in &*regions {
+        let before = if region.is_written { any } else { written };
+        if let Some(before) = before.filter(|before| before.end > region.begin) {
+            return Err(overlap(before.tensor, region.tensor));
+        }
+        let further = |old: Option<&Region>| old.is_none_or(|old| region.end > old.end);
+        if further(any) {
+            any = Some(region);
+        }
+        if region.is_written && further(written) {
+            written = Some(region);
+        }
     }
-    Ok([begin, dst_begin])
+    Ok(())
+}
+
+/// What one pair of a list uses, as [`Operands::pair`] takes it: its target, and its source unless that is the same memory.
+///
+/// # Errors
+/// As [`Operands::pair`].
+pub(super) fn pair_regions(
+    device: &Device,
+    tensor: usize,
+    (src, dst): (&View, &View),
+    accepted: [&[DType]; 2],
+) -> Result<(Region, Option<Region>)> {
+    check_length("target", tensor, src.len_elems(), dst)?;
+    check_operand("target", device, tensor, dst, accepted[1])?;
+    check_operand("source", device, tensor, src, accepted[0])?;
+    let is_in_place = src.address() == dst.address() && src.dtype() == dst.dtype();
+    Ok((Region::of(dst, tensor, true), (!is_in_place).then(|| Region::of(src, tensor, false))))
 }
 
 fn overlap(one: usize, other: usize) -> Error {

@@ -37,7 +37,7 @@ pub(crate) struct DeviceBackend {
     pub(super) communication: Stream,
     /// What the compute stream wrote to a bucket before its reduction.
     pub(super) filled: Event,
-    /// The reduction enqueued last.
+    /// The reduction enqueued last, when the compute stream comes to need it.
     pub(super) reduced: Event,
     pub(super) step_done: Event,
     pub(super) scaler: Option<LossScale>,
@@ -179,6 +179,7 @@ impl DeviceBackend {
     /// Orders the compute stream behind the reductions enqueued so far.
     pub fn join(&self) -> Result<()> {
         let part = self.part("wait for reduction", 0, |counters| &counters.exposed_ns);
+        self.communication.record(&self.reduced)?;
         self.watch.borrow_mut().time(self.compute(), part, || self.compute().wait(&self.reduced))
     }
 

@@ -25,6 +25,28 @@ pub(crate) struct DeviceGradients {
     pub(super) stage: Stage,
     /// f32: the loss scale that is in the gradients. A copy, because the step moves the scaler's.
     pub(super) loss_scale: DeviceMemory,
+    /// Of gradients that come together, what they are sorted by; empty between calls.
+    arrivals: Vec<Arrival>,
+}
+
+/// A final gradient that came with others, in the order in which they are taken.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Arrival {
+    bucket: usize,
+    replaces: bool,
+    /// Of the parameter.
+    index: usize,
+    /// Among those that came.
+    at: usize,
+}
+
+/// Where a parameter's gradient is: f32, f16 or bf16 elements on the strategy's device.
+#[derive(Debug, Clone)]
+pub struct GradientSource {
+    /// Whose.
+    pub parameter: Parameter,
+    /// `[parameter.len_elems()]`
+    pub gradient: View,
 }
 
 impl DeviceGradients {
@@ -39,6 +61,7 @@ impl DeviceGradients {
             reduced: buckets.iter().map(|_| Event::new(&place.device)).collect::<Result<_>>()?,
             stage: Stage::new(&place, &gradients),
             loss_scale,
+            arrivals: Vec::with_capacity(gradients.len()),
             gradients,
             buckets,
         })
@@ -91,11 +114,38 @@ impl DeviceBackward<'_> {
     ) -> Result<()> {
         self.gate.check()?;
         let index = self.gradients.expect(self.number, self.gate, parameter, len_elems)?;
-        let replaces = self.gradients.touch(index);
+        let replaces = !self.gradients.has(index);
         let on = on_device(&mut self.gradients.memory)?;
         stage(&mut on.stage, self.backend, &on.gradients[index], replaces)?;
+        self.gradients.touch(index);
         if is_last {
             self.gradients.set_ready(index);
+            self.launch_full()?;
+        }
+        Ok(())
+    }
+
+    /// Final gradients have arrived, which are brought to their places bucket by bucket.
+    fn take_all(&mut self, given: &[GradientSource], order: &mut Vec<Arrival>) -> Result<()> {
+        self.gate.check()?;
+        for (at, source) in given.iter().enumerate() {
+            let GradientSource { parameter, gradient } = source;
+            let index = self.gradients.expect(self.number, self.gate, parameter, gradient.len_elems())?;
+            let (bucket, replaces) = (self.gradients.bucket_of(index), !self.gradients.has(index));
+            order.push(Arrival { bucket, replaces, index, at });
+        }
+        order.sort_unstable();
+        if let Some(twice) = order.windows(2).find(|pair| pair[0].index == pair[1].index) {
+            return Err(self.gradients.second(twice[0].index));
+        }
+        for arrived in order.chunk_by(|one, other| (one.bucket, one.replaces) == (other.bucket, other.replaces)) {
+            let DeviceGradients { stage, gradients, .. } = on_device(&mut self.gradients.memory)?;
+            let pair = |arrival: &Arrival| (given[arrival.at].gradient.clone(), gradients[arrival.index].clone());
+            stage.take_device(self.backend, arrived.iter().map(pair), arrived[0].replaces)?;
+            for arrival in arrived {
+                self.gradients.touch(arrival.index);
+                self.gradients.set_ready(arrival.index);
+            }
             self.launch_full()?;
         }
         Ok(())
@@ -108,7 +158,7 @@ impl DeviceBackward<'_> {
         }
         while let Some(bucket) = self.gradients.take_full() {
             let size_bytes = self.gradients.bucket_bytes(bucket) as u64;
-            let DeviceBackend { place, communication, communicator, filled, reduced, watch, tracks, counters, .. } =
+            let DeviceBackend { place, communication, communicator, filled, watch, tracks, counters, .. } =
                 &mut *self.backend;
             let on = on_device(&mut self.gradients.memory)?;
             // The whole overlap: what fills the next bucket goes on while this one is reduced behind the event.
@@ -121,7 +171,6 @@ impl DeviceBackward<'_> {
             })?;
             Counters::add(&counters.reduced_bytes, size_bytes);
             communication.record(&on.reduced[bucket])?;
-            communication.record(reduced)?;
             self.gradients.unjoined = true;
         }
         Ok(())
@@ -132,8 +181,8 @@ impl DeviceBackward<'_> {
         for index in 0..self.gradients.parameters.len() {
             // As on the host: a parameter that was not used has a gradient of zero.
             if self.synchronize && !self.gradients.has(index) {
-                self.gradients.touch(index);
                 on_device(&mut self.gradients.memory)?.gradients[index].zero(self.backend.compute())?;
+                self.gradients.touch(index);
             }
             self.gradients.set_ready(index);
             self.launch_full()?;
@@ -189,6 +238,7 @@ pub(crate) trait DeviceReceiver {
         ready: Option<&Event>,
         is_last: bool,
     ) -> Result<()>;
+    fn receive_views(&mut self, gradients: &[GradientSource], ready: Option<&Event>) -> Result<()>;
     fn loss_scale(&mut self) -> Result<View>;
     fn compute(&self) -> &Stream;
 }
@@ -204,9 +254,21 @@ impl DeviceReceiver for DeviceBackward<'_> {
         if let Some(ready) = ready {
             self.backend.compute().wait(ready)?;
         }
-        self.take(parameter, gradient.len_elems(), is_last, |_, backend, to, replaces| {
-            Stage::take_device(backend, gradient, to, replaces)
+        self.take(parameter, gradient.len_elems(), is_last, |stage, backend, to, replaces| {
+            stage.take_device(backend, std::iter::once((gradient.clone(), to.clone())), replaces)
         })
+    }
+
+    fn receive_views(&mut self, gradients: &[GradientSource], ready: Option<&Event>) -> Result<()> {
+        if let Some(ready) = ready {
+            self.backend.compute().wait(ready)?;
+        }
+        // Its memory is used again.
+        let mut order = std::mem::take(&mut on_device(&mut self.gradients.memory)?.arrivals);
+        let taken = self.take_all(gradients, &mut order);
+        order.clear();
+        on_device(&mut self.gradients.memory)?.arrivals = order;
+        taken
     }
 
     fn loss_scale(&mut self) -> Result<View> {
@@ -229,6 +291,17 @@ impl GradSink<'_> {
     /// As [`write`](GradSink::write); [`Error::InvalidArgument`] if the strategy is not on that device.
     pub fn write_device(&mut self, parameter: &Parameter, gradient: &View, ready: Option<&Event>) -> Result<()> {
         self.device_receiver()?.receive_view(parameter, gradient, ready, true)
+    }
+
+    /// As [`write_device`](GradSink::write_device) of each, at the cost of one launch for each bucket that they are in (and each 64
+    /// of its gradients) instead of one for each gradient: for backward passes that finish several gradients at a time, or all.
+    /// They are taken bucket by bucket, whatever their order here, so the first buckets are reduced while the next are filled.
+    ///
+    /// # Errors
+    /// As [`write_device`](GradSink::write_device). Those that a parameter, a length or a second gradient is to blame for come before
+    /// anything is taken; with others, those of the buckets before have been.
+    pub fn write_device_all(&mut self, gradients: &[GradientSource], ready: Option<&Event>) -> Result<()> {
+        self.device_receiver()?.receive_views(gradients, ready)
     }
 
     /// As [`add`](GradSink::add), of elements on the device.

@@ -4,22 +4,12 @@ use std::sync::Arc;
 
 use super::backend::DeviceBackend;
 use super::step::{DeviceNorm, DeviceOptimizer};
-use crate::device::cuda::{Graph, View};
+use crate::device::cuda::Graph;
 use crate::dtype::NormType;
 use crate::error::Result;
 use crate::strategy::clip::Nonfinite;
 use crate::strategy::gate::lock;
-use crate::strategy::module::Parameter;
 use crate::strategy::optimizer::OptimizerCore;
-
-/// Where a parameter's gradient is in every step: f32, f16 or bf16 elements on the strategy's device.
-#[derive(Debug, Clone)]
-pub struct GradientSource {
-    /// Whose.
-    pub parameter: Parameter,
-    /// `[parameter.len_elems()]`
-    pub gradient: View,
-}
 
 /// How a captured step clips.
 #[derive(Debug, Clone, Copy, PartialEq)]

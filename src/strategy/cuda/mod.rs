@@ -22,8 +22,9 @@ mod watch;
 
 pub(crate) use crate::device::cuda::Event as DeviceEvent;
 pub(crate) use backend::DeviceBackend;
+pub use backward::GradientSource;
 pub(crate) use backward::{DeviceGradients, DeviceReceiver};
 pub use batch::BatchMover;
-pub use captured::{CapturedStep, GradientSource, StepClip};
+pub use captured::{CapturedStep, StepClip};
 pub(crate) use memory::{DeviceMemory, DevicePlace};
 pub(crate) use step::{DeviceNorm, DeviceOptimizer};

@@ -17,6 +17,8 @@ pub(super) struct Stage {
     /// longest parameter.
     landing: Vec<DeviceMemory>,
     longest_elems: usize,
+    /// Sources and targets on the device of the next launch.
+    waiting: Vec<(View, View)>,
 }
 
 impl Stage {
@@ -25,6 +27,7 @@ impl Stage {
             staging: Staging::new(&place.device, place.timeout),
             landing: Vec::new(),
             longest_elems: gradients.iter().map(View::len_elems).max().unwrap_or(0),
+            waiting: Vec::with_capacity(gradients.len()),
         }
     }
 
@@ -44,7 +47,7 @@ impl Stage {
         }
         let landing = self.landing(backend, T::DTYPE)?.slice(0, elements.len())?;
         self.staging.upload(elements, &landing, backend.compute())?;
-        Stage::take_device(backend, &landing, to, replaces)
+        self.take_device(backend, std::iter::once((landing, to.clone())), replaces)
     }
 
     /// One for all parameters: what is put there is used, in the order of the compute stream, before the next is.
@@ -58,12 +61,20 @@ impl Stage {
         Ok(view)
     }
 
-    /// Copies or adds a gradient on the device to `to`.
-    pub fn take_device(backend: &DeviceBackend, gradient: &View, to: &View, replaces: bool) -> Result<()> {
-        match replaces {
-            true if gradient.dtype() == to.dtype() => to.copy_from(gradient, backend.compute()),
-            true => contribute(&backend.kernels, backend.compute(), (gradient, to), Contribution::Replace, 1.0),
-            false => contribute(&backend.kernels, backend.compute(), (gradient, to), Contribution::Add, 1.0),
-        }
+    /// Copies or adds gradients on the device to their places, as one launch for each 64.
+    pub fn take_device(
+        &mut self,
+        backend: &DeviceBackend,
+        pairs: impl Iterator<Item = (View, View)>,
+        replaces: bool,
+    ) -> Result<()> {
+        self.waiting.extend(pairs);
+        let staged = contribute(&backend.kernels, backend.compute(), &self.waiting, contribution(replaces), 1.0);
+        self.waiting.clear();
+        staged
     }
+}
+
+const fn contribution(replaces: bool) -> Contribution {
+    if replaces { Contribution::Replace } else { Contribution::Add }
 }

@@ -21,9 +21,7 @@ impl Replica {
     ) -> Result<CapturedStep> {
         self.on_device()?.check_capture()?;
         let compute = self.on_device()?.compute().clone();
-        let write = &mut |sink: &mut GradSink<'_>| {
-            gradients.iter().try_for_each(|source| sink.write_device(&source.parameter, &source.gradient, None))
-        };
+        let write = &mut |sink: &mut GradSink<'_>| sink.write_device_all(gradients, None);
         // Once for real: what is allocated or loaded at the first use is there then, and every rank has come.
         self.run_backward(module, write)?;
         self.join(optimizer.module)?;

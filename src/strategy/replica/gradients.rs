@@ -139,9 +139,10 @@ impl Receiver for RunningBackward<'_> {
     fn receive(&mut self, parameter: &Parameter, gradient: Slice<'_>, is_last: bool) -> Result<()> {
         self.gate.check()?;
         let index = self.gradients.expect(self.number, self.gate, parameter, gradient.len_elems())?;
-        let replace = self.gradients.touch(index);
+        let replace = !self.gradients.has(index);
         let place = &self.gradients.host_gradients()[index];
         self.compute.run(|| place.write(|target| contribute(target, gradient, replace)))??;
+        self.gradients.touch(index);
         if is_last {
             self.gradients.set_ready(index);
             self.launch_full()?;
@@ -204,7 +205,6 @@ impl RunningBackward<'_> {
             // A parameter that was not used has a gradient of zero, on every rank or on this one only: the average needs
             // it. Without a reduction what earlier micro-batches left is complete as it is.
             if self.synchronize && !self.gradients.has(index) {
-                self.gradients.touch(index);
                 let place = &self.gradients.host_gradients()[index];
                 self.compute.run(|| {
                     place.write(|target| {
@@ -217,6 +217,7 @@ impl RunningBackward<'_> {
                         Ok(())
                     })
                 })??;
+                self.gradients.touch(index);
             }
             self.gradients.set_ready(index);
             self.launch_full()?;

@@ -4,7 +4,9 @@ mod tensors;
 
 use std::sync::LazyLock;
 
-use annulus::abi::{AccumulateArguments, CastTensor, ChunkRange, ChunkRef, ELEMENTWISE_THREADS};
+use annulus::abi::{
+    AccumulateArguments, CHUNK_ELEMS, CastTensor, ChunkRange, ChunkRef, ELEMENTWISE_THREADS, MAX_STAGED, StagedTensor,
+};
 use annulus::{DType, kernels, reference};
 use annulus_vgpu::{Module, Options, Report};
 use bytemuck::Zeroable;
@@ -80,8 +82,13 @@ fn run(
     match listed {
         Listed::InTable => arguments.tensors = device.place(&entries),
         Listed::InArgument => {
-            assert_eq!(entries.len(), 1);
-            (arguments.tensor, arguments.range) = (entries[0], ChunkRange { chunks: 0, ..range });
+            arguments.range.chunks = 0;
+            let mut first_chunk = 0;
+            for entry in entries.iter().filter(|entry| entry.len_elems > 0) {
+                arguments.staged[arguments.len_staged as usize] = staged(entry, first_chunk);
+                arguments.len_staged += 1;
+                first_chunk += entry.len_elems.div_ceil(CHUNK_ELEMS as u64) as u32;
+            }
         }
     }
     let report = device.run(&MODULE, kernel.name(), blocks, ELEMENTWISE_THREADS, &arguments, options);
@@ -91,6 +98,18 @@ fn run(
         device.read_tensor(entry.dst, dst.dtype(), dst.len_elems())
     };
     (targets.map(read).collect(), report)
+}
+
+/// The tensor as the argument of a launch names it.
+fn staged(tensor: &CastTensor, first_chunk: u32) -> StagedTensor {
+    StagedTensor {
+        src: tensor.src,
+        dst: tensor.dst,
+        len_elems: tensor.len_elems,
+        first_chunk,
+        src_dtype: tensor.src_dtype as u16,
+        dst_dtype: tensor.dst_dtype as u16,
+    }
 }
 
 /// As [`run`], with every result compared. Bounds are checked by the machine: no tensor has a byte to spare.
@@ -199,7 +218,22 @@ fn a_list_is_one_launch_without_races() {
         ]
     };
     for kernel in Kernel::BOTH {
-        check(kernel, &pairs(), 0.125, Listed::InTable, 3, &Options::default());
+        for listed in [Listed::InTable, Listed::InArgument] {
+            check(kernel, &pairs(), 0.125, listed, 3, &Options::default());
+        }
+    }
+}
+
+/// As many tensors as an argument holds, of one to three chunks: each chunk finds its own.
+#[test]
+fn an_argument_is_searched_to_its_last_tensor() {
+    let far = |i: usize| if i % 21 == 20 { 32768 * (i / 21) } else { 0 };
+    let pairs: Vec<_> =
+        (0..MAX_STAGED).map(|i| pair(DType::BF16, DType::F32, 1 + i + far(i), i as u64, ALIGNED)).collect();
+    for kernel in Kernel::BOTH {
+        check(kernel, &pairs, 1.0, Listed::InArgument, 5, &fast());
+        check(kernel, &pairs[..1], 1.0, Listed::InArgument, 2, &fast());
+        check(kernel, &pairs[..2], 1.0, Listed::InArgument, 2, &fast());
     }
 }
 
@@ -213,7 +247,8 @@ fn what_is_in_place_is_scaled_once() {
         let tensor =
             CastTensor { src: at, dst: at, len_elems: 1100, first_index: 0, src_dtype: dtype, dst_dtype: dtype };
         let range = ChunkRange { chunks: 0, first_chunk: 0, len_chunks: 1 };
-        let arguments = AccumulateArguments { tensor, range, factor: 0.75, ..AccumulateArguments::zeroed() };
+        let mut arguments = AccumulateArguments { range, factor: 0.75, len_staged: 1, ..AccumulateArguments::zeroed() };
+        arguments.staged[0] = staged(&tensor, 0);
         device.run(&MODULE, kernel.name(), 1, ELEMENTWISE_THREADS, &arguments, &Options::default()).unwrap();
         let actual = device.read_tensor(at, DType::F32, 1100);
         assert_eq!(actual.bits(), kernel.expected(&src, &src, 0.75).bits(), "{kernel:?}");

@@ -1,4 +1,4 @@
-//! A step as a trainer makes it: `Ddp`, which is handed one gradient after another and reduces a bucket when it is full.
+//! A step as a trainer makes it: `Ddp`, which is handed gradients and reduces a bucket when it is full.
 
 use annulus::device::cuda::View;
 use annulus::strategy::{
@@ -23,6 +23,15 @@ impl Module for Model {
     fn parameters(&self, visit: &mut dyn FnMut(&Parameter)) {
         self.0.iter().for_each(visit);
     }
+}
+
+/// How a backward pass hands its gradients over.
+#[derive(Clone, Copy)]
+enum Handed {
+    /// All in one call.
+    Together,
+    /// Each in a call of its own.
+    Alone,
 }
 
 /// A rank of a world of one, in training.
@@ -59,7 +68,7 @@ impl Trainer {
             |(parameter, gradient): (&Parameter, View)| GradientSource { parameter: parameter.clone(), gradient };
         let sources = model.0.iter().zip(tensors(site, DType::BF16, lens)?).rev().map(source).collect();
         let mut trainer = Trainer { strategy, model, optimizer, sources, captured: None };
-        match trainer.backward()? {
+        match trainer.backward(Handed::Together)? {
             BUCKETS => {}
             buckets => return Err(format!("the gradients lie in {buckets} buckets").into()),
         }
@@ -68,12 +77,15 @@ impl Trainer {
     }
 
     /// Hands over all gradients; in how many buckets they are.
-    fn backward(&mut self) -> Result<usize> {
+    fn backward(&mut self, handed: Handed) -> Result<usize> {
         let Trainer { strategy, model, sources, .. } = self;
         let mut buckets = 0;
         strategy.run_backward(model, &mut |sink: &mut GradSink<'_>| {
             buckets = sink.buckets().total;
-            sources.iter().try_for_each(|source| sink.write_device(&source.parameter, &source.gradient, None))
+            match handed {
+                Handed::Together => sink.write_device_all(sources, None),
+                Handed::Alone => sources.iter().try_for_each(|s| sink.write_device(&s.parameter, &s.gradient, None)),
+            }
         })?;
         Ok(buckets)
     }
@@ -85,12 +97,21 @@ impl Trainer {
         Ok(strategy.optimizer_step(optimizer)?)
     }
 
-    /// The whole step; waits for nothing.
+    /// The whole step, its gradients handed over in one call; waits for nothing.
     ///
     /// # Errors
     /// What the strategy says.
     pub fn step(&mut self) -> Result<()> {
-        self.backward()?;
+        self.backward(Handed::Together)?;
+        self.clip_and_step()
+    }
+
+    /// As [`Trainer::step`], with a call for each gradient.
+    ///
+    /// # Errors
+    /// What the strategy says.
+    pub fn step_one_by_one(&mut self) -> Result<()> {
+        self.backward(Handed::Alone)?;
         self.clip_and_step()
     }
 

@@ -143,16 +143,19 @@ fn contributions_replace_and_add_in_any_pair_of_types() {
             let mut host = pairs(&SINGLES);
             let listed = place_pairs(&gpu, &host);
             let single = place_pairs(&gpu, &host);
+            let together = place_pairs(&gpu, &host);
             let list = Contributions::new(&gpu.kernels, &listed).unwrap();
             for _ in 0..2 {
                 list.launch(&gpu.stream, how, factor).unwrap();
-                for (src, dst) in &single {
-                    contribute(&gpu.kernels, &gpu.stream, (src, dst), how, factor).unwrap();
+                for pair in &single {
+                    contribute(&gpu.kernels, &gpu.stream, std::slice::from_ref(pair), how, factor).unwrap();
                 }
+                contribute(&gpu.kernels, &gpu.stream, &together, how, factor).unwrap();
                 host.iter_mut().for_each(|(src, dst)| contribute_on_host(src, dst, how, factor));
             }
             compare(&gpu, &listed, &host, &format!("{how:?} by {factor}"));
             compare(&gpu, &single, &host, &format!("{how:?} by {factor}, one by one"));
+            compare(&gpu, &together, &host, &format!("{how:?} by {factor}, together"));
         }
     });
 }
@@ -166,8 +169,9 @@ fn foreign_memory_is_staged_and_what_overlaps_is_refused() {
         // SAFETY: three elements of the buffer, which is the owner.
         let foreign = unsafe { Buffer::foreign(gpu.device(), address, DType::F32, 3, Box::new(owner)) }.unwrap();
         let bucket = gpu.place(&Tensor::zeros(DType::BF16, 8)).slice(5, 3).unwrap();
-        let stage =
-            |src: &View, dst: &View| contribute(&gpu.kernels, &gpu.stream, (src, dst), Contribution::Replace, 0.5);
+        let stage_all =
+            |pairs: &[(View, View)]| contribute(&gpu.kernels, &gpu.stream, pairs, Contribution::Replace, 0.5);
+        let stage = |src: &View, dst: &View| stage_all(&[(src.clone(), dst.clone())]);
         stage(&foreign.view(), &bucket).unwrap();
         assert_eq!(gpu.read(&bucket).values(), [1.0, 1.5, 2.0]);
         let refused = |src: &View, dst: &View| stage(src, dst).unwrap_err();
@@ -177,6 +181,18 @@ fn foreign_memory_is_staged_and_what_overlaps_is_refused() {
         assert!(matches!(refused(&left, &bucket), Error::LengthMismatch { .. }));
         let doubles = gpu.place(&Tensor::zeros(DType::F64, 3));
         assert!(matches!(refused(&view, &doubles), Error::Unsupported { dtype: DType::F64, .. }));
+        // In one launch: one target twice, and a target that is the next one's source.
+        let other = gpu.place(&Tensor::zeros(DType::F32, 3));
+        for pairs in [[(&view, &other), (&bucket, &other)], [(&bucket, &other), (&other, &view)]] {
+            let pairs = pairs.map(|(src, dst)| (src.clone(), dst.clone()));
+            assert!(matches!(stage_all(&pairs), Err(Error::InvalidArgument { .. })));
+        }
+        // In two launches, as more than 64 pairs are, one comes after the other.
+        let nothing = (gpu.place(&Tensor::zeros(DType::F32, 0)), gpu.place(&Tensor::zeros(DType::BF16, 0)));
+        let mut many = vec![nothing; 65];
+        (many[0], many[64]) = ((view.clone(), other.clone()), (view.clone(), other.clone()));
+        contribute(&gpu.kernels, &gpu.stream, &many, Contribution::Add, 0.5).unwrap();
+        assert_eq!(gpu.read(&other).values(), [2.0, 3.0, 4.0]);
     });
 }
 

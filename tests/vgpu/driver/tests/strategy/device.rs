@@ -2,8 +2,8 @@
 
 use annulus::device::cuda::{Buffer, Driver, Priority, Stream};
 use annulus::strategy::{
-    Accelerator, AdamW, GradSink, GradientSource, Module, Nonfinite, OptimizerSpec, Parameter, Piece, Precision, Sgd,
-    StepClip, Strategy, StrategyOptions, UpdateRule,
+    Accelerator, AdamW, BucketProgress, GradSink, GradientSource, Module, Nonfinite, OptimizerSpec, Parameter, Piece,
+    Precision, Sgd, StepClip, Strategy, StrategyOptions, UpdateRule,
 };
 use annulus::{DType, Error, NormType, ReduceOp};
 
@@ -139,6 +139,47 @@ fn gradients_on_the_device_are_taken_where_they_are() {
 }
 
 #[test]
+fn gradients_that_come_together_are_checked_first_and_launched_by_bucket() {
+    let buckets = StrategyOptions {
+        first_bucket_bytes: 64,
+        bucket_bytes: 256,
+        ..on(Accelerator::Cuda(None), Precision::F32True)
+    };
+    everywhere(&buckets, |strategy| {
+        let model = Mlp::set_up(strategy);
+        let mut optimizer = strategy.setup_optimizer(&model, Sgd::new(1.0).into()).unwrap();
+        let device = Driver::open().unwrap().device(strategy.local_rank()).unwrap();
+        let mut sources = Vec::new();
+        model.parameters(&mut |parameter| {
+            let gradient = Buffer::filled(&device, &vec![1.0f32; parameter.len_elems()]).unwrap().view();
+            sources.push(GradientSource { parameter: parameter.clone(), gradient });
+        });
+        let (before, ranks) = (model.weights(), strategy.world_size());
+        strategy
+            .run_backward(&model, &mut |sink: &mut GradSink<'_>| {
+                let twice = [sources[0].clone(), sources[1].clone(), sources[0].clone()];
+                let short = GradientSource { gradient: sources[0].gradient.slice(0, 1)?, ..sources[0].clone() };
+                for (refused, word) in
+                    [(&twice[..], "second one"), (&[sources[1].clone(), short], "expected 2 elements")]
+                {
+                    let error = sink.write_device_all(refused, None).unwrap_err().to_string();
+                    assert!(error.contains(word), "{error}");
+                }
+                assert!(sink.buckets().total > 2, "{:?}", sink.buckets());
+                sink.write_device_all(&sources, None)?;
+                let BucketProgress { total, launched, .. } = sink.buckets();
+                assert!(ranks == 1 || launched == total, "{launched} of {total}");
+                Ok(())
+            })
+            .unwrap();
+        strategy.optimizer_step(&mut optimizer).unwrap();
+        for (after, before) in model.weights().iter().zip(&before) {
+            assert_eq!(*after, before - 1.0, "taken once");
+        }
+    });
+}
+
+#[test]
 fn a_rule_without_a_kernel_is_refused_at_setup() {
     #[derive(Debug)]
     struct OfMine;
@@ -197,7 +238,12 @@ fn five_steps(strategy: &mut Box<dyn Strategy>, is_captured: bool) -> (Vec<u32>,
             Some(step) => strategy.replay_step(step, &mut optimizer).unwrap(),
             None => {
                 let body = &mut |sink: &mut GradSink<'_>| {
-                    sources.iter().rev().try_for_each(|s| sink.write_device(&s.parameter, &s.gradient, None))
+                    // Neither how they are handed over nor in which order changes a bit.
+                    match number % 3 {
+                        0 => sources.iter().rev().try_for_each(|s| sink.write_device(&s.parameter, &s.gradient, None)),
+                        1 => sink.write_device_all(&sources, None),
+                        _ => sources.chunks(2).rev().try_for_each(|some| sink.write_device_all(some, None)),
+                    }
                 };
                 strategy.run_backward(&model, body).unwrap();
                 let StepClip { max_norm, norm_type, nonfinite } = clip;
