@@ -34,7 +34,8 @@ pub struct CollectiveOptions {
     pub algorithm: Option<Algorithm>,
     /// How partial sums of 16-bit floats travel in a ring.
     pub partials: Partials,
-    /// Deadline of an operation (not of making the communicator); by default the world's.
+    /// Longest single wait for a peer in an operation (not in making the communicator); by default the world's. A large
+    /// operation that gets on may take longer.
     pub timeout: Option<Duration>,
     /// Where operations are recorded, on the track `communication`.
     pub timeline: Timeline,
@@ -123,7 +124,7 @@ impl Communicator {
         members.sort_unstable();
         let members: Vec<u32> = members.into_iter().map(|(_, rank)| rank).collect();
         // The first member claims an area and tells the others which, or that there is none.
-        let claimed = (members.first() == Some(&self.rank())).then(|| self.group.world.claim_group());
+        let claimed = (members.first() == Some(&self.rank())).then(|| membership::claim_with_memory(&self.group.world));
         let index = claimed.as_ref().and_then(|claimed| claimed.as_ref().ok().copied());
         let indices = self.gather(index.map_or(-1, i64::from))?;
         let index = members.first().and_then(|first| u32::try_from(indices[*first as usize]).ok());

@@ -17,7 +17,7 @@
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::area::{Area, Call, MAILBOX_BYTES, PRIVATE};
 use super::combine::{Combine, combine};
@@ -141,8 +141,6 @@ pub(super) struct Run<'a> {
     pub(super) group: &'a Group,
     pub(super) job: &'a Job,
     pub(super) dtype: DType,
-    /// Set by the first wait that lasts: reading the clock takes as long as a small operation's arithmetic.
-    started: Cell<Option<Instant>>,
     warned: Cell<bool>,
 }
 
@@ -154,7 +152,7 @@ pub(super) struct Run<'a> {
 /// - nobody else accesses them meanwhile, but peers by this very operation;
 /// - operations of one group run one after another.
 pub(super) unsafe fn execute(group: &Group, job: &Job) -> Result<()> {
-    let run = Run { group, job, dtype: job.descriptor.dtype(), started: Cell::new(None), warned: Cell::new(false) };
+    let run = Run { group, job, dtype: job.descriptor.dtype(), warned: Cell::new(false) };
     // SAFETY: the caller's promises.
     unsafe { run.execute() }
 }
@@ -473,15 +471,13 @@ impl Run<'_> {
 
     /// Waits for `peer` to post `generation`.
     pub(super) fn wait(&self, flag: &Flag, generation: u32, peer: u32, place: &'static str) -> Result<()> {
-        flag.wait(generation, self.group.pacing, |_| self.may_go_on(flag, generation, peer, place))
+        flag.wait(generation, self.group.pacing, |waited| self.may_go_on(flag, generation, peer, place, waited))
     }
 
     /// Looked at by every wait: has somebody failed, has this one lasted too long?
     #[cold]
-    fn may_go_on(&self, flag: &Flag, generation: u32, peer: u32, place: &'static str) -> Result<()> {
-        let started = self.started.get().unwrap_or_else(Instant::now);
-        self.started.set(Some(started));
-        let (group, waited, rank) = (self.group, started.elapsed(), self.group.members[peer as usize]);
+    fn may_go_on(&self, flag: &Flag, generation: u32, peer: u32, place: &'static str, waited: Duration) -> Result<()> {
+        let (group, rank) = (self.group, self.group.members[peer as usize]);
         if let Some(fault) = group.world.fault_of(rank) {
             // A peer that came first and left afterwards is none.
             if reached(flag.seen(), generation) {

@@ -8,7 +8,7 @@ use crate::world::{MAX_GROUPS, Region, World};
 /// A group area for all ranks of `world`, with its memory, on every rank or on none. Collective.
 pub(super) fn claim(world: &World) -> Result<(u32, Region)> {
     let timeout = world.options().timeout;
-    let claimed = (world.rank() == 0).then(|| world.claim_group());
+    let claimed = (world.rank() == 0).then(|| claim_with_memory(world));
     let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
     let Some(group) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
         return Err(claimed.and_then(Result::err).unwrap_or_else(none_left));
@@ -30,6 +30,19 @@ pub(super) fn claim(world: &World) -> Result<(u32, Region)> {
     }
 }
 
+/// An area with its memory, before anybody else hears of it: ranks that reserve one area at once would each count what the
+/// others have reserved as missing.
+pub(super) fn claim_with_memory(world: &World) -> Result<u32> {
+    let group = world.claim_group()?;
+    match world.group_area(group) {
+        Ok(_) => Ok(group),
+        Err(error) => {
+            world.release_group(group)?; // nobody has used it
+            Err(error)
+        }
+    }
+}
+
 /// Why a rank gets no area that was not asked for one itself.
 pub(super) fn none_left() -> Error {
     Error::InvalidArgument {
@@ -42,7 +55,7 @@ pub(super) fn none_left() -> Error {
 /// One of `members` touches the area no longer; `departed` counts them. The last one gives it back.
 pub(super) fn leave(world: &World, group: u32, departed: &AtomicU32, members: u32) {
     // AcqRel: everything the others did to the area comes before it is given back.
-    let is_last = departed.fetch_add(1, Ordering::AcqRel) + 1 == members;
+    let is_last = departed.fetch_add(1, Ordering::AcqRel).wrapping_add(1) == members;
     if is_last && world.fault().is_none() {
         // An area that cannot be given back is one fewer to use; nothing else depends on it.
         if let Err(error) = world.release_group(group) {

@@ -280,8 +280,11 @@ impl Core {
         let slot = ring.start(&Record::control(&call.describe(), sequence, timeout), now_ns());
         let mut rounds = Rounds { core: self, call, sequence, start, timeout, warned: false };
         let result = body(&mut order, &mut rounds);
-        if result.is_ok() {
-            ring.end(slot, now_ns());
+        match &result {
+            Ok(_) => ring.end(slot, now_ns()),
+            // Half-way out of it this rank would leave the others waiting for the rounds that are left.
+            Err(error) if self.fault().is_none() => drop(self.raise(error.clone())),
+            Err(_) => {}
         }
         result
     }

@@ -1,11 +1,13 @@
 //! The fault cell: the first error of the job, in shared memory, told by every rank as the same typed [`Error`].
 //!
 //! ```text
-//!   NONE --CAS by the first rank--> WRITING(rank) --its fields are stored--> SET      and never changes again
+//!   NONE --CAS by the first rank--> WRITING(rank) --its fields are stored--> SET(rank)   and never changes again
+//!                                                 --by anybody, late-------> LEFT(rank)  nor does this
 //! ```
 //!
-//! A rank may die between the two steps. Whoever finds `WRITING` for longer than a moment therefore takes the cell
-//! over (CAS to its own rank) and reports that rank instead.
+//! A rank may die between the two steps. Whoever finds `WRITING` for longer than a moment therefore ends it with `LEFT`, which
+//! blames that rank and says all there is to say in one word: a writer that was only stopped stores into fields that nobody
+//! reads any more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +18,7 @@ const NONE: u64 = 0;
 /// Low byte of `state`; the writer's rank stands above it.
 const WRITING: u64 = 1;
 const SET: u64 = 2;
+const LEFT: u64 = 3;
 /// Storing the fields takes microseconds; a writer that was merely descheduled is given this long.
 const WRITING_LIMIT: Duration = Duration::from_millis(20);
 
@@ -25,7 +28,7 @@ const NUMBERS: usize = 6;
 /// The shared cell. All zeroes is "no fault".
 #[repr(C, align(128))]
 pub(crate) struct FaultCell {
-    /// NONE, WRITING | rank << 8, or SET | rank << 8. Release when it becomes SET; acquire before the fields are read.
+    /// NONE, or WRITING, SET or LEFT | rank << 8. Release when it becomes SET; acquire before the fields are read.
     state: AtomicU64,
     kind: AtomicU64,
     numbers: [AtomicU64; NUMBERS],
@@ -81,36 +84,34 @@ impl FaultCell {
             match state & 0xff {
                 NONE => return None,
                 SET => return Some(self.decode(reader)),
-                _ if start.elapsed() < WRITING_LIMIT => std::thread::yield_now(),
-                _ => {
-                    let writer = (state >> 8) as u32;
-                    let left_behind = Error::RankFailed {
-                        rank: writer,
-                        reason: "it ended or was stopped while reporting an error".into(),
-                    };
-                    if self.claim(state, reader) {
-                        self.write(reader, &left_behind);
-                    }
+                LEFT => {
+                    let reason = "it ended or was stopped while reporting an error".into();
+                    return Some(Error::RankFailed { rank: (state >> 8) as u32, reason });
                 }
+                _ if start.elapsed() < WRITING_LIMIT => std::thread::yield_now(),
+                // Whoever comes first, the writer or another reader: the next look finds what stands.
+                _ => drop(self.step(state, state & !0xff | LEFT)),
             }
         }
     }
 
     /// Records `error` unless one is recorded already.
     pub(crate) fn raise(&self, writer: u32, error: &Error) {
-        if self.claim(NONE, writer) {
-            self.write(writer, error);
+        if self.is_set() {
+            return;
+        }
+        // Before the cell is claimed: others wait for what happens between.
+        let encoded = encode(writer, error);
+        if self.claim(writer) {
+            self.write(writer, encoded);
         }
     }
 
-    fn claim(&self, expected: u64, writer: u32) -> bool {
-        // Acquire on success: after a take-over the fields of the one before are overwritten, not mixed.
-        let claimed = WRITING | u64::from(writer) << 8;
-        self.state.compare_exchange(expected, claimed, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    fn claim(&self, writer: u32) -> bool {
+        self.step(NONE, WRITING | u64::from(writer) << 8)
     }
 
-    fn write(&self, writer: u32, error: &Error) {
-        let (kind, numbers, texts) = encode(writer, error);
+    fn write(&self, writer: u32, (kind, numbers, texts): Encoded) {
         self.kind.store(kind as u64, Ordering::Relaxed);
         for (cell, number) in self.numbers.iter().zip(numbers) {
             cell.store(number, Ordering::Relaxed);
@@ -118,10 +119,13 @@ impl FaultCell {
         for (cell, text) in self.texts.iter().zip(texts) {
             cell.store(&text);
         }
-        // Release: pairs with the acquire in `get`. A compare-exchange, because a writer that was stopped for long may
-        // have lost the cell to another rank by now.
-        let (mine, set) = (WRITING | u64::from(writer) << 8, SET | u64::from(writer) << 8);
-        let _ = self.state.compare_exchange(mine, set, Ordering::Release, Ordering::Relaxed);
+        // A writer that was stopped for long may have lost the cell by now.
+        self.step(WRITING | u64::from(writer) << 8, SET | u64::from(writer) << 8);
+    }
+
+    /// Release: pairs with the acquire in `get`.
+    fn step(&self, from: u64, to: u64) -> bool {
+        self.state.compare_exchange(from, to, Ordering::Release, Ordering::Relaxed).is_ok()
     }
 
     fn decode(&self, reader: u32) -> Error {
@@ -142,7 +146,9 @@ enum Kind {
     RankFailed = 6,
 }
 
-fn encode(writer: u32, error: &Error) -> (Kind, [u64; NUMBERS], [String; 2]) {
+type Encoded = (Kind, [u64; NUMBERS], [String; 2]);
+
+fn encode(writer: u32, error: &Error) -> Encoded {
     let none = String::new;
     match error {
         Error::PeerLost { rank, pid, operation } => {
@@ -272,12 +278,23 @@ mod tests {
     #[test]
     fn a_writer_that_died_half_way_is_reported_itself() {
         let cell = cell();
-        assert!(cell.claim(NONE, 6));
+        assert!(cell.claim(6));
         assert!(cell.is_set());
-        assert!(matches!(cell.get(1), Some(Error::RankFailed { rank: 6, .. })));
-        cell.write(6, &Error::RankFailed { rank: 0, reason: "late".into() });
-        assert!(matches!(cell.get(1), Some(Error::RankFailed { .. })));
-        assert_eq!(cell.state.load(Ordering::Relaxed), SET | 1 << 8, "the late writer did not take the cell back");
+        let blamed = |reader| matches!(cell.get(reader), Some(Error::RankFailed { rank: 6, reason }) if reason.starts_with("it"));
+        assert!(blamed(1));
+        cell.write(6, encode(6, &Error::RankFailed { rank: 0, reason: "late".into() }));
+        assert!(blamed(1) && blamed(6), "what was told once stays");
+        assert_eq!(cell.state.load(Ordering::Relaxed), LEFT | 6 << 8, "the late writer did not take the cell back");
+    }
+
+    /// A thread of the writer's own rank may be the one that finds it late.
+    #[test]
+    fn a_writer_that_is_late_does_not_change_what_its_own_rank_told() {
+        let cell = cell();
+        assert!(cell.claim(0));
+        let told = format!("{:?}", cell.get(0));
+        cell.write(0, encode(0, &Error::PeerLost { rank: 3, pid: 1, operation: "late".into() }));
+        assert_eq!(format!("{:?}", cell.get(0)), told);
     }
 
     #[test]

@@ -281,9 +281,7 @@ impl Folder {
                 other => other?,
             };
             let lock = folder.lock()?;
-            let here = rustix::fs::fstat(&folder.fd).map(|stat| (stat.st_dev, stat.st_ino));
-            let there = rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino));
-            if here == there {
+            if folder.is_at_its_path() {
                 return Ok((folder, lock));
             }
         }
@@ -313,9 +311,18 @@ impl Folder {
         let _ = rustix::fs::unlinkat(&self.fd, name, AtFlags::empty());
     }
 
+    /// Under the lock: whoever makes a new folder of this name has locked it before it puts anything there.
     fn remove_if_empty(&self) {
-        // ENOTEMPTY: somebody else meets here.
-        let _ = rustix::fs::rmdir(&self.path);
+        // A folder that was removed and made anew meanwhile is another's, whose lock this is not. ENOTEMPTY: somebody meets here.
+        if self.is_at_its_path() {
+            let _ = rustix::fs::rmdir(&self.path);
+        }
+    }
+
+    fn is_at_its_path(&self) -> bool {
+        let inode = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let here = rustix::fs::fstat(&self.fd).map(inode);
+        here.is_ok() && here == rustix::fs::stat(&self.path).map(inode)
     }
 
     /// Whether somebody listens on `name`; none if there is no such socket.

@@ -123,14 +123,14 @@ impl Ring {
         entry.created_ns.store(now_ns, Ordering::Relaxed);
         entry.ended_ns.store(0, Ordering::Relaxed);
         // Release: pairs with the acquire in `read`.
-        entry.stamp.store(id + 1, Ordering::Release);
+        entry.stamp.store(id.wrapping_add(1), Ordering::Release);
         RecordId(id)
     }
 
     /// `now_ns` as [`now_ns`](crate::telemetry::now_ns).
     pub(crate) fn end(&self, id: RecordId, now_ns: u64) {
         let entry = &self.entries[(id.0 % RECORDS as u64) as usize];
-        if entry.stamp.load(Ordering::Relaxed) == id.0 + 1 {
+        if entry.stamp.load(Ordering::Relaxed) == id.0.wrapping_add(1) {
             entry.ended_ns.store(now_ns, Ordering::Relaxed);
         }
     }
@@ -138,7 +138,7 @@ impl Ring {
     fn read(&self, id: u64) -> Option<Snapshot> {
         let entry = &self.entries[(id % RECORDS as u64) as usize];
         // Acquire: pairs with the release in `start`.
-        if entry.stamp.load(Ordering::Acquire) != id + 1 {
+        if entry.stamp.load(Ordering::Acquire) != id.wrapping_add(1) {
             return None;
         }
         let mut name = Vec::with_capacity(NAME_BYTES);
@@ -160,7 +160,7 @@ impl Ring {
         };
         // Acquire fence: pairs with the release fence in `start`; the stamp is unchanged, so the fields were whole.
         fence(Ordering::Acquire);
-        (entry.stamp.load(Ordering::Relaxed) == id + 1).then_some(snapshot)
+        (entry.stamp.load(Ordering::Relaxed) == id.wrapping_add(1)).then_some(snapshot)
     }
 
     /// The last `limit` records, oldest first; those being written are left out.
@@ -195,7 +195,7 @@ impl Snapshot {
         let control = self.group == CONTROL_GROUP;
         let group = if control { "control".to_owned() } else { self.group.to_string() };
         let ended = self.ended_ns != 0;
-        let (created_ns, ended_ns) = (since_1970_ns + self.created_ns, since_1970_ns + self.ended_ns);
+        let [created_ns, ended_ns] = [self.created_ns, self.ended_ns].map(|ns| since_1970_ns.saturating_add(ns));
         json!({
             "record_id": self.record,
             "pg_id": if control { -1 } else { i64::from(self.group) },
