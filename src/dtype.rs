@@ -1,5 +1,7 @@
 //! Element types, reductions and norm types: the words every layer shares.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 
 use bytemuck::Pod;

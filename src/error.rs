@@ -3,6 +3,8 @@
 //! Errors are cheap to clone because a poisoned communicator answers every later call with the error that poisoned it.
 //! Messages are sentences with numbers; they name the rank, the operation and the place.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -218,7 +220,15 @@ pub enum Error {
         /// Bytes available.
         have_bytes: u64,
     },
-    /// A stream can run nothing more, or a wait on it passed its deadline.
+    /// What was waited for did not end before the deadline. It may still: nothing is lost yet.
+    #[error("{what} did not end within {waited_ms} ms")]
+    TimedOut {
+        /// The stream, the event or the number.
+        what: String,
+        /// The deadline.
+        waited_ms: u64,
+    },
+    /// A stream can run nothing more.
     #[error("stream {stream}: {reason}")]
     Stream {
         /// Name of the stream.
@@ -376,6 +386,11 @@ pub enum Error {
 }
 
 impl Error {
+    #[cold]
+    pub(crate) fn timed_out(what: std::fmt::Arguments<'_>, timeout: std::time::Duration) -> Self {
+        Error::TimedOut { what: what.to_string(), waited_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX) }
+    }
+
     /// Wraps an operating-system error with the call it came from.
     pub(crate) fn io(what: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
         Error::Io { what: what.into(), source: Arc::new(source.into()) }

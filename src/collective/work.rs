@@ -64,7 +64,7 @@ impl<B> Work<B> {
     ///
     /// # Errors
     /// What ended the operation: [`Error::PeerLost`], [`Error::PeerStopped`], [`Error::PeerStalled`],
-    /// [`Error::Mismatch`], [`Error::RankFailed`] or [`Error::Poisoned`]; [`Error::Stream`] if the stream was held up for so
+    /// [`Error::Mismatch`], [`Error::RankFailed`] or [`Error::Poisoned`]; [`Error::TimedOut`] if the stream was held up for so
     /// long that the operation did not even begin. The buffers are lost then: a peer may still read and write them.
     pub fn wait(self) -> Result<B> {
         let error = match self.state {

@@ -58,7 +58,7 @@ impl Event {
     /// Blocks the calling thread until the point recorded last is reached.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`, or if the stream has failed before it got there.
+    /// [`Error::TimedOut`] after `timeout`; [`Error::Stream`] if the stream has failed before it got there.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.wait_for(self.generation(), timeout)
     }
@@ -124,10 +124,7 @@ impl Event {
             if waited < timeout {
                 return Ok(());
             }
-            Err(Error::Stream {
-                stream: "of an event".into(),
-                reason: format!("the event was not reached within {} ms", timeout.as_millis()),
-            })
+            Err(Error::timed_out(format_args!("the work before an event"), timeout))
         })?;
         self.check(generation)
     }

@@ -96,7 +96,8 @@ impl Stream {
     /// `work` fails the stream: later tasks are dropped unrun. (Of an immediate stream it goes on in the caller.)
     ///
     /// # Errors
-    /// [`Error::Stream`] if the stream has failed, or if its queue stayed full until the deadline; `work` is dropped.
+    /// [`Error::Stream`] if the stream has failed; [`Error::TimedOut`] if its queue stayed full until the deadline; `work` is
+    /// dropped.
     pub fn enqueue(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
         let Some(queue) = &self.queue else { return self.run(work) };
         let core = &self.core;
@@ -123,8 +124,8 @@ impl Stream {
     /// idle stream costs no hand-over to another thread: the path of blocking collectives.
     ///
     /// # Errors
-    /// [`Error::Stream`] if the stream has failed, earlier work did not end before the deadline, or the caller is itself
-    /// work of this stream; `work` is dropped. A panic in `work` goes on in the caller.
+    /// [`Error::TimedOut`] if earlier work did not end before the deadline; [`Error::Stream`] if the stream has failed, or the
+    /// caller is itself work of this stream; `work` is dropped. A panic in `work` goes on in the caller.
     pub fn run<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
         let _turn = self.core.turn_behind_submitted(WAIT_TIMEOUT)?;
         Ok(work())
@@ -176,7 +177,8 @@ impl Stream {
     /// Blocks the calling thread until everything enqueued so far has run.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`, if the stream has failed, or if the caller is itself work of this stream.
+    /// [`Error::TimedOut`] after `timeout`; [`Error::Stream`] if the stream has failed, or the caller is itself work of this
+    /// stream.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.core.turn_behind_submitted(timeout).map(drop)
     }
@@ -234,7 +236,7 @@ impl Core {
     }
 
     fn late(&self, timeout: Duration) -> Error {
-        self.error(&format!("its work did not end within {} ms", timeout.as_millis()))
+        Error::timed_out(format_args!("the work of stream {}", self.name), timeout)
     }
 
     #[cold]
@@ -316,7 +318,7 @@ mod tests {
         second.wait(&event).unwrap();
         let seen = Arc::clone(&order);
         second.enqueue(move || seen.lock().unwrap().push("second")).unwrap();
-        assert!(matches!(second.synchronize(Duration::from_millis(50)), Err(Error::Stream { .. })), "it must wait");
+        assert!(matches!(second.synchronize(Duration::from_millis(50)), Err(Error::TimedOut { .. })), "it must wait");
         hold.send(()).unwrap();
         second.synchronize(PATIENCE).unwrap();
         assert_eq!(*order.lock().unwrap(), ["first", "second"]);

@@ -78,7 +78,7 @@ impl NormHandle {
     /// Waits on the host for this number, and for nothing that was enqueued after it.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`; the error of the reduction.
+    /// [`Error::TimedOut`] after `timeout`; the error of the reduction.
     pub fn get(&self, timeout: Duration) -> Result<f64> {
         self.slot.wait(timeout)?;
         self.poll()?.ok_or_else(not_measured)

@@ -86,7 +86,7 @@ fn work_of_a_stream_that_waits_for_that_stream_is_an_error_and_no_deadlock() {
             .enqueue(move || done.send(communicator.all_reduce_slice(&mut [1.0f32], ReduceOp::Sum)).unwrap())
             .unwrap();
         let error = ended.recv_timeout(PATIENCE).unwrap().unwrap_err();
-        assert!(matches!(&error, Error::Stream { .. } | Error::Poisoned { .. }), "{error:?}");
+        assert!(matches!(&error, Error::Stream { .. } | Error::TimedOut { .. } | Error::Poisoned { .. }), "{error:?}");
     });
     assert!(start.elapsed() < SOON);
 }

@@ -178,7 +178,7 @@ impl Buffer {
     /// Waits for everything enqueued on `stream` and copies the buffer to the host.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`]; [`Error::InvalidArgument`] for a stream of another device; [`Error::Stream`] after `timeout`;
+    /// [`Error::DTypeMismatch`]; [`Error::InvalidArgument`] for a stream of another device; [`Error::TimedOut`] after `timeout`;
     /// what the device failed with.
     pub fn read<T: Element>(&self, stream: &Stream, timeout: Duration) -> Result<Vec<T>> {
         let mut elements = vec![T::zeroed(); self.len_elems];

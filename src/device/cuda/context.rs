@@ -192,7 +192,7 @@ impl Device {
     /// Waits for what was just given to the default stream, which no stream of ours waits for.
     ///
     /// # Errors
-    /// [`Error::Stream`] if that takes more than a minute, as behind a kernel of somebody else that hangs.
+    /// [`Error::TimedOut`] if that takes more than a minute, as behind a kernel of somebody else that hangs.
     pub(super) fn settle(&self) -> Result<()> {
         // SAFETY: the current context's own default stream.
         until_ready(self, "default", Duration::from_secs(60), || unsafe { cuStreamQuery(std::ptr::null_mut()) })

@@ -56,7 +56,7 @@ impl Event {
     /// Blocks the calling thread until the point recorded last is reached.
     ///
     /// # Errors
-    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; [`Error::Capture`](crate::Error::Capture) if it was recorded
+    /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; [`Error::Capture`](crate::Error::Capture) if it was recorded
     /// in one; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.0.device.bind()?;

@@ -123,7 +123,7 @@ impl ProbeArea {
     /// Waits for the probe and tells what this side found.
     ///
     /// # Errors
-    /// [`Error::Stream`] if the kernel does not end in time; what the device failed with.
+    /// [`Error::TimedOut`] if the kernel does not end in time; what the device failed with.
     pub fn finish(&self, stream: &Stream) -> Result<Link> {
         let words: Vec<i32> = self.words.read(stream, self.timeout.saturating_add(GRACE))?;
         let len_words = size_of::<ProbeReport>() / WORD_BYTES;

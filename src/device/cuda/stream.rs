@@ -121,7 +121,7 @@ impl Stream {
     /// Blocks the calling thread until everything enqueued so far has run.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`; [`Error::Capture`] if the stream captures; what the device failed with.
+    /// [`Error::TimedOut`] after `timeout`; [`Error::Capture`] if the stream captures; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
         self.access()?.check_eager("cuStreamQuery")?;
         // SAFETY: the stream lives as long as `self`.

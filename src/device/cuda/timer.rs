@@ -74,7 +74,7 @@ impl Timer {
     /// Waits for the second point, and says how long after the first it was reached; to about 0.5 us.
     ///
     /// # Errors
-    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; [`Error::Cuda`](crate::Error::Cuda) if either point was never
+    /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; [`Error::Cuda`](crate::Error::Cuda) if either point was never
     /// recorded; what the device failed with.
     pub fn elapsed(&self, timeout: Duration) -> Result<Duration> {
         self.device.bind()?;

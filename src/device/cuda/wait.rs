@@ -16,7 +16,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 /// Asks until the answer is no longer "not ready".
 ///
 /// # Errors
-/// [`Error::Stream`] after `timeout`; what the driver answers.
+/// [`Error::TimedOut`] after `timeout`; what the driver answers.
 pub(super) fn until_ready(device: &Device, stream: &str, timeout: Duration, ask: impl Fn() -> Answer) -> Result<()> {
     let start = Instant::now();
     let (mut looks, mut pause) = (0, FIRST_PAUSE);
@@ -26,8 +26,7 @@ pub(super) fn until_ready(device: &Device, stream: &str, timeout: Duration, ask:
             return device.check(answer);
         }
         if start.elapsed() >= timeout {
-            let reason = format!("its work did not end within {} ms", timeout.as_millis());
-            return Err(Error::Stream { stream: stream.to_owned(), reason });
+            return Err(Error::timed_out(format_args!("the work of stream {stream}"), timeout));
         }
         looks += 1;
         if looks <= EAGER_LOOKS {

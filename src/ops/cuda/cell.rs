@@ -65,7 +65,7 @@ impl<T: Pod> Cell<T> {
     /// Waits for everything enqueued on `stream` and reads the value.
     ///
     /// # Errors
-    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; what the device failed with.
+    /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; what the device failed with.
     pub fn read(&self, stream: &Stream, timeout: Duration) -> Result<T> {
         let words: Vec<f32> = self.words.read(stream, timeout)?;
         Ok(bytemuck::pod_read_unaligned(bytemuck::cast_slice(&words)))

@@ -217,7 +217,7 @@ impl OptimizerStep {
     /// Waits for everything enqueued on `stream` and reads how many steps there were.
     ///
     /// # Errors
-    /// [`Error::Stream`] after `timeout`; what the device failed with.
+    /// [`Error::TimedOut`] after `timeout`; what the device failed with.
     pub fn counts(&self, stream: &Stream, timeout: Duration) -> Result<StepCounts> {
         Ok(StepCounts::of(self.state.read(stream, timeout)?))
     }

@@ -135,7 +135,7 @@ impl Ticket {
     /// Waits for the measurement alone, not for what else its stream does.
     ///
     /// # Errors
-    /// As [`Ticket::poll`]; [`Error::Stream`] after `timeout`: also where the device has failed, which the stream then says.
+    /// As [`Ticket::poll`]; [`Error::TimedOut`] after `timeout`: also where the device has failed, which the stream then says.
     pub fn wait(&self, timeout: Duration) -> Result<NormReport> {
         let start = Instant::now();
         let backoff = Backoff::new();
@@ -144,8 +144,8 @@ impl Ticket {
                 return Ok(report);
             }
             if start.elapsed() >= timeout {
-                let reason = format!("norm {} was not measured within {} ms", self.generation, timeout.as_millis());
-                return Err(Error::Stream { stream: "of a gradient norm".into(), reason });
+                let what = format_args!("the measurement of gradient norm {}", self.generation);
+                return Err(Error::timed_out(what, timeout));
             }
             if backoff.is_completed() {
                 std::thread::sleep(LOOK_PAUSE);

@@ -50,7 +50,7 @@ impl LossScale {
     /// Waits for everything enqueued on `stream` and reads the state.
     ///
     /// # Errors
-    /// [`Error::Stream`](crate::Error::Stream) after `timeout`; what the device failed with.
+    /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; what the device failed with.
     pub fn read(&self, stream: &Stream, timeout: Duration) -> Result<GradScaler> {
         Ok(GradScaler::from_device(self.scaler.read(stream, timeout)?))
     }

@@ -47,8 +47,7 @@ impl Communicator {
             if start.elapsed() >= patience {
                 // Told to all: whoever leaves after this need not find it out by waiting.
                 if ran.is_ok() {
-                    let reason = format!("its work did not end within {} ms", patience.as_millis());
-                    self.world.raise(Error::Stream { stream: last.name().to_owned(), reason });
+                    self.world.raise(Error::timed_out(format_args!("the work of stream {}", last.name()), patience));
                 }
                 break;
             }

@@ -174,7 +174,7 @@ fn an_event_orders_two_streams_without_the_host() {
         copy.write(&[7; 6], &second).unwrap();
         second.record(&late).unwrap();
         assert!(!event.is_complete() && !late.is_complete());
-        assert!(matches!(late.synchronize(Duration::from_millis(20)), Err(Error::Stream { .. })), "a deadline");
+        assert!(matches!(late.synchronize(Duration::from_millis(20)), Err(Error::TimedOut { .. })), "a deadline");
         late.synchronize(PATIENCE).unwrap();
         assert!(event.is_complete());
         // The report says that the deadline passed, so the kernel had ended before the second stream went on.

@@ -154,7 +154,7 @@ impl<S: Strategy> Trainer<S> {
         assert!(!event.is_complete(), "a step has waited for the device");
         // Who reads a number waits for it.
         let early = norms[0].get(Duration::from_millis(50));
-        assert!(matches!(early, Err(Error::Stream { .. })), "{early:?}");
+        assert!(matches!(early, Err(Error::TimedOut { .. })), "{early:?}");
         linger::release(&area);
         assert!(norms[AHEAD - 1].get(PATIENCE).unwrap() > 0.0);
         self.strategy.synchronize().unwrap();
