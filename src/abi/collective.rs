@@ -224,14 +224,6 @@ pub struct FaultRecord {
 const _: () = assert!(size_of::<FaultRecord>() == 48 && offset_of!(FaultRecord, round) == 32);
 
 /// What the kernel is told of one rank.
-///
-/// The library asks for none of what an owner can make of its finished sums while it has them (`cast_output`, `squares`,
-/// `found_nonfinite`):
-/// - The norm of a step has the same bits whatever the buckets are. Squares are added by shard, which depends on the buckets.
-/// - Only the owner sees that a sum is not finite. The others would need one more collective, of one word, while the norm, which
-///   is measured in every step whose loss is scaled, finds it on every rank in the pass over the gradients that it makes anyway.
-/// - Gradients are stepped in the type they are reduced in, and the step itself writes the weights' narrow copy: nobody reads a
-///   cast copy of a gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable, Pod)]
 #[repr(C)]
 pub struct RankArguments {

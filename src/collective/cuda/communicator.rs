@@ -1,10 +1,14 @@
 //! The communicator of devices: validates, gives an order, launches.
 
+mod finish;
 mod leaving;
 
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use finish::Finish;
+use finish::Finishing;
 
 use super::cohort::{Failure, Part};
 use super::connect::{Connection, Meeting, Runner, Transport, together};
@@ -75,6 +79,8 @@ pub struct Communicator {
     held: Option<Arc<dyn Any + Send + Sync>>,
     tables: Tables,
     state: Buffer,
+    /// `[channels]` f64, of kernels that add squares.
+    squares: Buffer,
     records: Arc<Records>,
     /// Looks at the records, and at the group's area.
     watch: Option<Watch>,
@@ -123,7 +129,7 @@ impl Communicator {
         let mut made = Self::over(world, kernels, options, timeout, group, region, channels);
         if let Ok(made) = &mut made {
             let memory = connection.as_ref().map(Connection::hold);
-            let on_device = [made.state.view(), made.tables.view()];
+            let on_device = [made.state.view(), made.tables.view(), made.squares.view()];
             made.held = Some(Arc::new((memory, on_device, Arc::clone(&made.records))));
             made.connection = connection.take();
         }
@@ -149,6 +155,7 @@ impl Communicator {
         Ok(Communicator {
             tables: Tables::new(device, world)?,
             state: Buffer::zeroed(device, DType::U8, size_of::<RankState>())?,
+            squares: Buffer::zeroed(device, DType::F64, channels as usize)?,
             order: Event::new(device)?,
             world: world.clone(),
             region,
@@ -229,7 +236,7 @@ impl Communicator {
     pub fn all_reduce_into(&mut self, src: &View, dst: &View, op: ReduceOp, stream: &Stream) -> Result<()> {
         check_extent("all_reduce_into: dst", extent(dst), extent(src))?;
         let call = self.call(Kind::AllReduce, src.dtype(), src.len_elems(), op, 0)?;
-        self.issue(call, [src, dst], stream)
+        self.issue(call, [src, dst], Finishing::default(), stream)
     }
 
     /// Reduces `src` (`world_size` shards) and leaves shard `rank` of the result in `dst`, which may be that shard of `src`.
@@ -240,7 +247,7 @@ impl Communicator {
         let all_elems = all_shards(dst.len_elems(), self.world_size())?;
         check_extent("reduce_scatter: src", extent(src), (dst.dtype(), all_elems))?;
         let call = self.call(Kind::ReduceScatter, src.dtype(), src.len_elems(), op, 0)?;
-        self.issue(call, [src, dst], stream)
+        self.issue(call, [src, dst], Finishing::default(), stream)
     }
 
     /// Gathers every rank's `src` (one shard) into `dst` (`world_size` shards, in rank order); `src` may be the shard of
@@ -252,7 +259,7 @@ impl Communicator {
         let all_elems = all_shards(src.len_elems(), self.world_size())?;
         check_extent("all_gather: dst", extent(dst), (src.dtype(), all_elems))?;
         let call = self.call(Kind::AllGather, dst.dtype(), dst.len_elems(), ReduceOp::Sum, 0)?;
-        self.issue(call, [src, dst], stream)
+        self.issue(call, [src, dst], Finishing::default(), stream)
     }
 
     /// Every rank's `view` becomes that of rank `root`.
@@ -261,7 +268,7 @@ impl Communicator {
     /// As [`all_reduce`](Communicator::all_reduce); [`Error::InvalidArgument`] if `root` is no rank.
     pub fn broadcast(&mut self, view: &View, root: u32, stream: &Stream) -> Result<()> {
         let call = self.call(Kind::Broadcast, view.dtype(), view.len_elems(), ReduceOp::Sum, root)?;
-        self.issue(call, [view, view], stream)
+        self.issue(call, [view, view], Finishing::default(), stream)
     }
 
     /// What is enqueued on the stream behind it runs once every rank's stream has come to its barrier.
@@ -271,7 +278,7 @@ impl Communicator {
     pub fn barrier(&mut self, stream: &Stream) -> Result<()> {
         let call = self.call(Kind::Barrier, DType::U8, 0, ReduceOp::Sum, 0)?;
         self.check_stream(stream)?;
-        self.launch(call, [0, 0], stream)
+        self.launch(call, [0, 0], Finishing::default(), stream)
     }
 
     /// Whether all is well so far: a few loads, no call of the driver.
@@ -292,7 +299,7 @@ impl Communicator {
     /// Blocks the calling thread until all operations issued so far have run.
     ///
     /// # Errors
-    /// As [`check`](Communicator::check); [`Error::Stream`] after `timeout`; what the device failed with.
+    /// As [`check`](Communicator::check); [`Error::TimedOut`] after `timeout`; what the device failed with.
     pub fn synchronize(&mut self, timeout: Duration) -> Result<()> {
         let done = self.last.as_ref().map_or(Ok(()), |last| last.synchronize(timeout));
         self.history.note_finished(self.records.finished());
@@ -328,15 +335,9 @@ impl Communicator {
         self.calls.next(self.check().err(), kind, dtype, len_elems, op, root)
     }
 
-    fn issue(&mut self, call: Descriptor, views: [&View; 2], stream: &Stream) -> Result<()> {
+    fn issue(&mut self, call: Descriptor, views: [&View; 2], finishing: Finishing, stream: &Stream) -> Result<()> {
         for view in views {
-            if !view.device().is_same(&self.device) {
-                return Err(Error::InvalidArgument {
-                    argument: "buffer of a collective",
-                    value: format!("memory of device {}", view.device().ordinal()),
-                    accepted: "must be on the communicator's device",
-                });
-            }
+            self.check_view(view)?;
         }
         self.check_stream(stream)?;
         // A graph may outlive the views.
@@ -350,7 +351,18 @@ impl Communicator {
             Kind::ReduceScatter => [src, dst.wrapping_sub(own_bytes)],
             _ => [src, dst],
         };
-        self.launch(call, addresses, stream)
+        self.launch(call, addresses, finishing, stream)
+    }
+
+    fn check_view(&self, view: &View) -> Result<()> {
+        if view.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument {
+            argument: "buffer of a collective",
+            value: format!("memory of device {}", view.device().ordinal()),
+            accepted: "must be on the communicator's device",
+        })
     }
 
     fn check_stream(&self, stream: &Stream) -> Result<()> {
@@ -368,10 +380,10 @@ impl Communicator {
         stream.check_eager(NOT_CAPTURED)
     }
 
-    fn launch(&mut self, call: Descriptor, addresses: [u64; 2], stream: &Stream) -> Result<()> {
+    fn launch(&mut self, call: Descriptor, addresses: [u64; 2], finishing: Finishing, stream: &Stream) -> Result<()> {
         let Some(connection) = &self.connection else { return Ok(()) };
         let plan = connection.geometry.plan(&call, self.world_size())?;
-        let arguments = self.arguments(&call, &plan, connection, addresses);
+        let arguments = self.arguments(&call, &plan, connection, addresses, finishing);
         // A graph may outlive the communicator, too: without peers its kernels wait until their deadline, in memory that is there.
         self.held.iter().for_each(|held| stream.keep(held));
         self.line_up(stream).map_err(|error| self.world.fail(error))?;
@@ -421,6 +433,7 @@ impl Communicator {
         plan: &Plan,
         connection: &Connection,
         [input, output]: [u64; 2],
+        finishing: Finishing,
     ) -> CollectiveArguments {
         let (steps, table) = self.tables.of(&plan.schedule);
         let mut arguments = CollectiveArguments {
@@ -438,7 +451,7 @@ impl Communicator {
             op: reduce_code(call.op()),
             native_partials: u32::from(call.partials() == Partials::Native),
             descriptor: call.hash(),
-            cast_dtype: 0,
+            cast_dtype: finishing.cast_dtype,
             first_round: 0,
             opens: 1,
             closes: 1,
@@ -447,16 +460,19 @@ impl Communicator {
         arguments.ranks[0] = RankArguments {
             input,
             output,
+            cast_output: finishing.cast_output,
             links: connection.links[plan.protocol as usize].address(),
             steps,
             state: self.state.address(),
             abort: self.records.abort_address(),
             faults: self.records.faults_address(),
             finished: self.records.finished_address(),
+            squares: finishing.squares,
+            sum_squares: finishing.sum_squares,
+            found_nonfinite: finishing.found_nonfinite,
             signals: connection.signals.as_ref().map_or(0, Buffer::address),
             len_steps: table.len() as u32,
             rank: self.rank(),
-            ..RankArguments::zeroed()
         };
         arguments
     }

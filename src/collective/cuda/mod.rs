@@ -27,6 +27,6 @@ mod stepped;
 mod tables;
 mod way;
 
-pub use communicator::{Communicator, Options};
+pub use communicator::{Communicator, Finish, Options};
 pub use connect::Transport;
 pub use way::Way;
