@@ -329,7 +329,8 @@ pub trait Strategy: Send {
     /// As [`all_reduce`](Strategy::all_reduce), of one tensor. One that [`alloc`](Strategy::alloc) made is reduced where it is.
     ///
     /// # Errors
-    /// As [`all_reduce`](Strategy::all_reduce); the tensor's contents are lost then.
+    /// As [`all_reduce`](Strategy::all_reduce). A call that was refused, or that other ranks did not make alike
+    /// ([`Error::Mismatch`](crate::Error::Mismatch)), leaves the tensor as it was; after other errors its contents are lost.
     fn all_reduce_tensor(&mut self, tensor: &mut Tensor, group: Option<&mut Group>, op: ReduceOp) -> Result<()>;
 
     /// As [`all_reduce`](Strategy::all_reduce), of the bytes of elements of type `dtype`, aligned for it.

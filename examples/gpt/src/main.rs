@@ -28,6 +28,7 @@ mod stop;
 mod text;
 mod train;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use annulus::world::launch::{self, LaunchOptions};
@@ -43,6 +44,10 @@ const OWN_EXIT_CODES: i32 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Warnings of the library: a peer that is late, what ran when the job failed.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ANNULUS_LOG").unwrap_or_else(|_| "warn".into());
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let environment = match Environment::detect() {
         Ok(environment) => environment,
         Err(error) => return fail(&Failure::Usage(error.to_string()), None),

@@ -12,7 +12,7 @@ use crate::model::ModelConfig;
 
 const EXAMPLES: &str = "\
 Examples:
-  annulus-gpt                                 two ranks, about two minutes, everything in runs/gpt-1
+  annulus-gpt                                 two ranks, two to four minutes, everything in runs/gpt-1
   annulus-gpt --short                         a few seconds: does it work on this machine?
   annulus-gpt --ranks 1                       the same batches on one rank: the same losses to rounding, more slowly
   annulus-gpt --resume runs/gpt-1             goes on after Ctrl-C, bit for bit

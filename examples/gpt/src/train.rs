@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use annulus::dtype::{NormType, ReduceOp};
 use annulus::strategy::{
-    Accelerator, AdamW, DataLoader, Ddp, Init, Last, Loader, LoaderState, MapStyle, Nonfinite, Optimizer, Precision,
-    Rng, State, StateMut, Statistics, Strategy, StrategyOptions, UpdateRule,
+    Accelerator, AdamW, DataLoader, Ddp, Device, Init, Last, Loader, LoaderState, MapStyle, Nonfinite, Optimizer,
+    Precision, Rng, State, StateMut, Statistics, Strategy, StrategyOptions, UpdateRule,
 };
 use annulus::telemetry::{self, Sampler, Timeline, Track, sampler};
 use annulus::world::Environment;
@@ -170,9 +170,16 @@ impl Trainer {
         let json = serde_json::to_string_pretty(&self.settings).map_err(Failure::file(&config))?;
         std::fs::write(&config, json + "\n").map_err(Failure::file(&config))?;
         self.metrics = Some(Metrics::open(self.folder.path(), self.step)?);
-        // A machine without a GPU has nothing to sample, and its user knows.
-        self.sampler = Sampler::start(&self.folder.gpus(), sampler::DEFAULT_PERIOD, self.timeline.clone()).ok();
         self.progress = Progress::new(self.step, self.settings.steps, true);
+        self.sampler = match Sampler::start(&self.folder.gpus(), sampler::DEFAULT_PERIOD, self.timeline.clone()) {
+            Ok(sampler) => Some(sampler),
+            // A machine without a GPU has nothing to sample, and its user knows.
+            Err(_) if matches!(self.strategy.root_device(), Device::Host) => None,
+            Err(error) => {
+                self.progress.say(&format!("no samples of the GPUs: {error}"));
+                None
+            }
+        };
         let begins = if self.step == 0 { String::new() } else { format!(", from step {}", self.step) };
         self.progress.say(&format!(
             "{} parameters, {} bytes of text, {} ranks, batches of {} x {} bytes, {} steps{begins}; files in {}",

@@ -15,6 +15,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 /// Data-parallel training without NCCL: launch ranks, measure collectives, see what this machine offers.
 #[derive(Debug, Parser)]
 #[command(name = "annulus", version, max_term_width = 110, arg_required_else_help = true)]
+#[command(
+    after_help = "ANNULUS_LOG=info (or debug, or a filter such as annulus::world=debug) has more written to stderr than warnings."
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
