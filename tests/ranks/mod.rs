@@ -6,7 +6,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -181,4 +181,10 @@ pub fn names_in(folder: &Path) -> Vec<String> {
 /// Whether the long form of the fault tests was asked for.
 pub fn long() -> bool {
     std::env::var_os("ANNULUS_FAULTS").is_some_and(|form| form == "long")
+}
+
+/// Says why the test that calls it does nothing. To stderr itself: what is printed is shown for tests that fail, only.
+pub fn skip(reason: &str) {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let _ = writeln!(std::io::stderr(), "skipped {test}: {reason}");
 }
