@@ -172,7 +172,7 @@ DEVICE void report(const CombineArguments& arguments, double norm, const Survey&
 }
 
 // The last block to come here combines the slots of all. Every thread of every block comes here; `arrivals` counts them.
-template <bool WITH_POWER>
+template <Terms TERMS>
 DEVICE void combine(const CombineArguments& arguments, CombineBoard& board, uint32_t& is_last) {
   if (arguments.finishes == 0) return;
   __syncthreads();
@@ -189,7 +189,7 @@ DEVICE void combine(const CombineArguments& arguments, CombineBoard& board, uint
   if (threadIdx.x != 0) return;
   const NormKind kind = static_cast<NormKind>(arguments.kind);
   double norm = kind == L2 ? sqrt(sum) * scale : sum * scale;
-  if constexpr (WITH_POWER) norm = power(sum, 1.0 / arguments.p) * scale;
+  if constexpr (TERMS != Terms::SUMS) norm = power(sum, 1.0 / arguments.p) * scale;
   if (kind == LARGEST) norm = survey.largest;
   if (scale == 0.0) norm = 0.0;
   if (survey.first_bad != UINT64_MAX) norm = survey.has_nan ? __longlong_as_double(0x7ff8000000000000) : infinity;
@@ -198,7 +198,7 @@ DEVICE void combine(const CombineArguments& arguments, CombineBoard& board, uint
 
 // The body of a kernel that measures: every team takes its chunks (table.cuh), then the last block combines.
 // `measure(chunk, team, exponent)` gives a chunk's slot; all threads of the team come there.
-template <bool WITH_POWER, class Measure>
+template <Terms TERMS, class Measure>
 DEVICE void measure_all(const ChunkRange& range, const CombineArguments& arguments, const Measure& measure) {
   __shared__ TeamBoard boards[TEAMS];
   __shared__ CombineBoard combine_board;
@@ -212,5 +212,5 @@ DEVICE void measure_all(const ChunkRange& range, const CombineArguments& argumen
     const NormSlot slot = measure(range.chunks[range.first_chunk + at], team, exponent);
     if (team.thread == 0) arguments.slots[range.first_chunk + at] = slot;
   }
-  combine<WITH_POWER>(arguments, combine_board, is_last);
+  combine<TERMS>(arguments, combine_board, is_last);
 }

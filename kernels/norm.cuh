@@ -9,7 +9,8 @@
 //   slot = run totals in order
 //
 // A butterfly shuffle adds a + b in one thread and b + a in its partner: the same bits, so all threads know the total.
-// Other exponents, and f64 sums that left the range, need every magnitude divided by the chunk's largest: a second pass.
+// Exponents 3 to 6 of f32 and narrower types are products in f64, row by row: their powers fit f64 as they are. Other
+// exponents, and f64 sums that left the range, need every magnitude divided by the chunk's largest: a second pass.
 #pragma once
 #include "power.cuh"
 #include "table.cuh"
@@ -24,6 +25,8 @@ constexpr uint32_t RUN_ELEMS = 16 * QUAD_ELEMS;
 constexpr uint32_t CHUNK_RUNS = CHUNK_ELEMS / RUN_ELEMS;
 
 enum NormKind : uint32_t { L1 = 0, L2 = 1, LARGEST = 2, POWER = 3 };
+// What a kernel makes of POWER. The others come as sums only.
+enum class Terms { SUMS, PRODUCTS, POWERS };
 
 // src/abi/norm.rs: NormSlot. A chunk's part of the sum is sum * scale^p; for the maximum norm `sum` is the maximum.
 struct NormSlot {
@@ -102,6 +105,22 @@ DEVICE Real term(Real x, NormKind kind) {
   return kind == L2 ? x * x : fabs(x);
 }
 
+// |x|^p for p = 3, 4, 5 or 6: Product of src/ops/host/sums.rs.
+DEVICE double product(double x, double p) {
+  const double square = x * x;
+  const double head = p > 3.0 ? square * square : square;
+  return head * (p == 4.0 ? 1.0 : p == 6.0 ? square : fabs(x));
+}
+
+struct Exponent {
+  NormKind kind;
+  double p;
+};
+
+// Whether the terms are products in f64 that are summed at once.
+template <Terms TERMS, class Element>
+constexpr bool IS_PRODUCTS = TERMS == Terms::PRODUCTS && sizeof(typename Element::Real) == 4;
+
 template <class Element>
 struct Sums {
   double lanes[Element::LANES];
@@ -109,16 +128,18 @@ struct Sums {
   typename Bits<sizeof(typename Element::Real)>::Type largest;
 };
 
-template <class Element>
+template <Terms TERMS, class Element>
 DEVICE void note_largest(Sums<Element>& sums, const typename Element::Real (&x)[Element::LANES], NormKind kind) {
+  if constexpr (IS_PRODUCTS<TERMS, Element>) return;
   if (kind < LARGEST && sizeof(typename Element::Real) == 4) return;
 #pragma unroll
   for (uint32_t k = 0; k < Element::LANES; ++k) sums.largest = max(sums.largest, magnitude_bits(x[k]));
 }
 
 // Loads four rows, then adds their terms: f32 in pairs, f64 row by row.
-template <class Element>
-DEVICE void add_quad(Sums<Element>& sums, const Element& elements, uint64_t index, NormKind kind) {
+template <Terms TERMS, class Element>
+DEVICE void add_quad(Sums<Element>& sums, const Element& elements, uint64_t index, Exponent exponent) {
+  const NormKind kind = exponent.kind;
   using Real = typename Element::Real;
   constexpr uint32_t LANES = Element::LANES;
   typename Element::Raw raw[4];
@@ -130,8 +151,15 @@ DEVICE void add_quad(Sums<Element>& sums, const Element& elements, uint64_t inde
     Real x[LANES], y[LANES];
     elements.template take<true>(raw[2 * pair], index + 2 * pair * ROW_ELEMS, x);
     elements.template take<true>(raw[2 * pair + 1], index + (2 * pair + 1) * ROW_ELEMS, y);
-    note_largest(sums, x, kind);
-    note_largest(sums, y, kind);
+    if constexpr (IS_PRODUCTS<TERMS, Element>) {
+#pragma unroll
+      for (uint32_t k = 0; k < LANES; ++k) {
+        sums.lanes[k] = (sums.lanes[k] + product(x[k], exponent.p)) + product(y[k], exponent.p);
+      }
+      continue;
+    }
+    note_largest<TERMS>(sums, x, kind);
+    note_largest<TERMS>(sums, y, kind);
     if (kind >= LARGEST) continue;
 #pragma unroll
     for (uint32_t k = 0; k < LANES; ++k) {
@@ -146,8 +174,9 @@ DEVICE void add_quad(Sums<Element>& sums, const Element& elements, uint64_t inde
 }
 
 // As `add_quad` for rows off the 16 bytes or at an end of the tensor. One row at a time: a quarter of the code.
-template <class Element>
-DEVICE void add_quad_carefully(Sums<Element>& sums, const Element& elements, uint64_t index, NormKind kind) {
+template <Terms TERMS, class Element>
+DEVICE void add_quad_carefully(Sums<Element>& sums, const Element& elements, uint64_t index, Exponent exponent) {
+  const NormKind kind = exponent.kind;
   using Real = typename Element::Real;
   constexpr uint32_t LANES = Element::LANES;
   Real pair[LANES], quad[LANES];
@@ -155,7 +184,12 @@ DEVICE void add_quad_carefully(Sums<Element>& sums, const Element& elements, uin
   for (uint32_t row = 0; row < 4; ++row, index += ROW_ELEMS) {
     Real x[LANES];
     elements.template take<false>(elements.template fetch<false>(index), index, x);
-    note_largest(sums, x, kind);
+    if constexpr (IS_PRODUCTS<TERMS, Element>) {
+#pragma unroll
+      for (uint32_t k = 0; k < LANES; ++k) sums.lanes[k] += product(x[k], exponent.p);
+      continue;
+    }
+    note_largest<TERMS>(sums, x, kind);
 #pragma unroll
     for (uint32_t k = 0; k < LANES; ++k) {
       const Real t = term(x[k], kind);
@@ -186,13 +220,8 @@ DEVICE double tree(double (&lanes)[LANES]) {
   return lanes[0];
 }
 
-struct Exponent {
-  NormKind kind;
-  double p;
-};
-
-// The run row by row in f64, every element divided by `divisor` first. WITH_POWER: for terms |x|^p.
-template <bool WITH_POWER, class Element>
+// The run row by row in f64, every element divided by `divisor` first.
+template <Terms TERMS, class Element>
 DEVICE double sum_again(const Element& elements, uint64_t index, Exponent exponent, double divisor) {
   double lanes[Element::LANES] = {};
 #pragma unroll 1
@@ -203,7 +232,9 @@ DEVICE double sum_again(const Element& elements, uint64_t index, Exponent expone
 #pragma unroll
     for (uint32_t k = 0; k < Element::LANES; ++k) {
       const double ratio = static_cast<double>(x[k]) / divisor;
-      lanes[k] += WITH_POWER ? power(fabs(ratio), exponent.p) : term(ratio, exponent.kind);
+      if constexpr (TERMS == Terms::POWERS) lanes[k] += power(fabs(ratio), exponent.p);
+      if constexpr (TERMS == Terms::PRODUCTS) lanes[k] += product(ratio, exponent.p);
+      if constexpr (TERMS == Terms::SUMS) lanes[k] += term(ratio, exponent.kind);
     }
   }
   return tree(lanes);
@@ -211,7 +242,7 @@ DEVICE double sum_again(const Element& elements, uint64_t index, Exponent expone
 
 // One run, of which this thread has the lanes from element `index` on; its total in all threads of the run.
 // Every thread of the warp comes here.
-template <class Element>
+template <Terms TERMS, class Element>
 DEVICE double measure_run(const Element& elements, uint64_t run_begin, uint64_t index, Exponent exponent,
                           Sums<Element>& sums) {
 #pragma unroll
@@ -221,20 +252,21 @@ DEVICE double measure_run(const Element& elements, uint64_t run_begin, uint64_t 
   if (is_whole) {
 #pragma unroll 1
     for (uint32_t quad = 0; quad < RUN_ELEMS / QUAD_ELEMS; ++quad) {
-      add_quad(sums, elements, index + quad * QUAD_ELEMS, exponent.kind);
+      add_quad<TERMS>(sums, elements, index + quad * QUAD_ELEMS, exponent);
     }
   } else {
 #pragma unroll 1
     for (uint32_t quad = 0; quad < RUN_ELEMS / QUAD_ELEMS && elements.has(run_begin + quad * QUAD_ELEMS); ++quad) {
-      add_quad_carefully(sums, elements, index + quad * QUAD_ELEMS, exponent.kind);
+      add_quad_carefully<TERMS>(sums, elements, index + quad * QUAD_ELEMS, exponent);
     }
   }
+  if constexpr (IS_PRODUCTS<TERMS, Element>) return tree(sums.lanes);
   if (exponent.kind >= LARGEST) return 0.0;
   double total = tree(sums.lanes);
   if constexpr (sizeof(typename Element::Real) == 4) {
     const bool suspect = elements.has(run_begin) && !is_safe(total, least_safe(exponent.kind, 0.0f));
     if (__any_sync(0xffffffffu, suspect)) {
-      const double precise = sum_again<false>(elements, index, exponent, 1.0);
+      const double precise = sum_again<Terms::SUMS>(elements, index, exponent, 1.0);
       total = suspect ? precise : total;
     }
   }
@@ -263,7 +295,7 @@ DEVICE double in_order(const Team& team) {
 }
 
 // Measures a chunk. Every thread of the team comes here; the board is free again when all have left.
-template <bool WITH_POWER, class Element>
+template <Terms TERMS, class Element>
 DEVICE NormSlot measure_chunk(const Element& elements, const Team& team, Exponent exponent) {
   using Real = typename Element::Real;
   constexpr uint32_t RUN_THREADS = ROW_ELEMS / Element::LANES;
@@ -274,24 +306,26 @@ DEVICE NormSlot measure_chunk(const Element& elements, const Team& team, Exponen
   sums.largest = 0;
 #pragma unroll 1
   for (uint32_t run = first_run; run < CHUNK_RUNS; run += RUNS_AT_ONCE) {
-    const double total = measure_run(elements, run * RUN_ELEMS, run * RUN_ELEMS + lane, exponent, sums);
+    const double total = measure_run<TERMS>(elements, run * RUN_ELEMS, run * RUN_ELEMS + lane, exponent, sums);
     if (lane == 0) team.board->totals[run] = total;
   }
   double largest = 0.0;
-  if (exponent.kind >= LARGEST || sizeof(Real) == 8) {
+  if (!IS_PRODUCTS<TERMS, Element> && (exponent.kind >= LARGEST || sizeof(Real) == 8)) {
     largest = team_largest(team, sums.largest);
   } else {
     team.sync();
   }
   const double sum = in_order(team);
   team.sync();
+  if (IS_PRODUCTS<TERMS, Element>) return {sum, 1.0};
   if (exponent.kind == LARGEST) return {largest, 1.0};
-  if (!WITH_POWER && (sizeof(Real) == 4 || is_safe(sum, least_safe(exponent.kind, 0.0)))) return {sum, 1.0};
+  constexpr bool IS_SUMS = TERMS == Terms::SUMS;
+  if (IS_SUMS && (sizeof(Real) == 4 || is_safe(sum, least_safe(exponent.kind, 0.0)))) return {sum, 1.0};
   if (largest == 0.0 || !is_finite(largest)) return {largest, 1.0};
-  if (WITH_POWER || sizeof(Real) == 8) {
+  if (!IS_SUMS || sizeof(Real) == 8) {
 #pragma unroll 1
     for (uint32_t run = first_run; run < CHUNK_RUNS; run += RUNS_AT_ONCE) {
-      const double total = sum_again<WITH_POWER>(elements, run * RUN_ELEMS + lane, exponent, largest);
+      const double total = sum_again<TERMS>(elements, run * RUN_ELEMS + lane, exponent, largest);
       if (lane == 0) team.board->totals[run] = total;
     }
     team.sync();

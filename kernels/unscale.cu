@@ -5,7 +5,7 @@
 //
 // What is measured is what was written, after its rounding, so the norm has the bits of `measure_norm` on `dst`, and of
 // src/ops/host/unscale.rs. Norm types 1, 2 and inf; for another exponent the caller runs this with kind inf and without
-// finishing, then measure_norm_p.
+// finishing, then measure_norm_products or measure_norm_p.
 //
 // A thread keeps the same elements from the load to the store, and reads again (where f32 is not enough for a run) only what
 // it wrote itself: so source and destination may be the same memory. Rows off the 16 bytes go element by element.
@@ -143,13 +143,13 @@ DEVICE NormSlot unscale(const UnscaleTensor& tensor, uint32_t chunk, const Team&
   unscaled.src_dtype = tensor.src_dtype;
   unscaled.dst_dtype = tensor.dst_dtype;
   unscaled.inv_scale = inv_scale;
-  return measure_chunk<false>(unscaled, team, exponent);
+  return measure_chunk<Terms::SUMS>(unscaled, team, exponent);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) unscale_norm(
     const __grid_constant__ UnscaleArguments arguments) {
   const float inv_scale = static_cast<float>(1.0 / static_cast<double>(*arguments.scale));
-  measure_all<false>(arguments.range, arguments.combine, [&](ChunkRef chunk, const Team& team, Exponent exponent) {
+  measure_all<Terms::SUMS>(arguments.range, arguments.combine, [&](ChunkRef chunk, const Team& team, Exponent exponent) {
     const UnscaleTensor tensor = arguments.tensors[chunk.tensor];
     const uint32_t to_bytes = size_bytes(tensor.dst_dtype);
     switch (size_bytes(tensor.src_dtype)) {

@@ -84,8 +84,13 @@ fn add_clipping(file: &mut File) {
                 _ => Slice::F32(&gradients[tensor]),
             })
             .collect();
-        let norm_types =
-            [("1.0", NormType::L1), ("2.0", NormType::L2), ("3.5", NormType::P(3.5)), ("inf", NormType::Inf)];
+        let norm_types = [
+            ("1.0", NormType::L1),
+            ("2.0", NormType::L2),
+            ("3.0", NormType::P(3.0)),
+            ("3.5", NormType::P(3.5)),
+            ("inf", NormType::Inf),
+        ];
         for (name, norm_type) in norm_types {
             let total_norm = grad_norm(&slices, norm_type, &mut slots).unwrap().total_norm;
             file.add(format!("norm.{dtype}.{name}"), Dtype::F64, &[1], &[total_norm]);

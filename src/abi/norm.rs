@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::ChunkRange;
 use crate::dtype::NormType;
 
-/// Threads of a block of `measure_norm` and `measure_norm_p`; four teams.
+/// Threads of a block of `measure_norm`, `measure_norm_products` and `measure_norm_p`; four teams.
 pub const NORM_THREADS: u32 = 256;
 
 /// One gradient that is measured.
@@ -103,7 +103,7 @@ pub struct CombineArguments {
     pub grad_scale: u64,
     /// Bound of the norm; infinite for none.
     pub max_norm: f64,
-    /// The exponent, for `measure_norm_p`.
+    /// The exponent, where it is not 1, 2 or infinite: 3, 4, 5 or 6 for `measure_norm_products`.
     pub p: f64,
     /// Slots that are combined: all, not only those of this launch.
     pub len_slots: u64,
@@ -120,7 +120,7 @@ pub struct CombineArguments {
 
 const _: () = assert!(size_of::<CombineArguments>() == 80 && offset_of!(CombineArguments, len_records) == 64);
 
-/// The argument of `measure_norm` and `measure_norm_p`.
+/// The argument of `measure_norm`, `measure_norm_products` and `measure_norm_p`.
 #[derive(Debug, Clone, Copy, PartialEq, Zeroable, Pod)]
 #[repr(C)]
 pub struct NormArguments {

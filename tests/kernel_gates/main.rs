@@ -58,7 +58,7 @@ const HALF_PACKS: [Access; 2] = [Access::load(8), Access::store(8)];
 const COPIES_OF_F32: [Access; 1] = [Access::store(8)];
 const COPIES_OF_F64: [Access; 2] = [Access::store(8), Access::store(4)];
 
-const KERNELS: [Kernel; 21] = [
+const KERNELS: [Kernel; 22] = [
     Kernel::new("accumulate_tensors", 80, &ADDITIONS),
     Kernel::new("cast_tensors", 64, &CASTS),
     Kernel::new("cast_stochastic", 80, &[(4, 2)]),
@@ -72,6 +72,7 @@ const KERNELS: [Kernel; 21] = [
     Kernel::new("collective_i64", 128, &COLLECTIVE),
     Kernel::new("collective_u8", 128, &COLLECTIVE_OF_BYTES),
     Kernel::new("measure_norm", 96, &NORMS),
+    Kernel::new("measure_norm_products", 80, &NORMS),
     Kernel::new("measure_norm_p", 128, &NORMS),
     Kernel::new("stage_tensors", 64, &CASTS),
     Kernel::new("step_adamw", 96, &ADAMW).beside(&HALF_PACKS),

@@ -8,8 +8,18 @@ use proptest::prelude::*;
 
 use crate::inputs::*;
 
-const NORM_TYPES: [NormType; 6] =
-    [NormType::L1, NormType::L2, NormType::Inf, NormType::P(0.5), NormType::P(3.5), NormType::P(20.0)];
+const NORM_TYPES: [NormType; 10] = [
+    NormType::L1,
+    NormType::L2,
+    NormType::Inf,
+    NormType::P(0.5),
+    NormType::P(3.0),
+    NormType::P(4.0),
+    NormType::P(5.0),
+    NormType::P(6.0),
+    NormType::P(3.5),
+    NormType::P(20.0),
+];
 const BOUND: f64 = 2.001 / 16_777_216.0;
 
 fn norm_of(tensors: &[Slice<'_>], norm_type: NormType) -> annulus::ops::NormResult {
@@ -90,7 +100,9 @@ fn magnitudes_whose_squares_leave_f32() {
 fn f64_magnitudes_whose_squares_leave_f64() {
     for scale in [1e-320, 1e-300, 1e-200, 1e-150, 1e150, 1e200, 1e303] {
         let huge = Tensor::F64(uniforms(5, 40_000).iter().map(|x| f64::from(*x) * scale).collect());
-        for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.5)] {
+        for norm_type in
+            [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0), NormType::P(6.0), NormType::P(3.5)]
+        {
             assert_norm(std::slice::from_ref(&huge), norm_type);
             assert_norm(&[Tensor::F32(uniforms(6, 100)), huge.clone(), Tensor::F32(vec![0.0; 5])], norm_type);
             assert_norm(&[huge.clone(), Tensor::F32(vec![0.0; 5])], norm_type);

@@ -60,7 +60,7 @@ def parameters(tensors, prefix):
 def check_clipping(tensors, metadata):
     max_norm = float(metadata["max_norm"])
     for dtype in ["f32", "bf16", "f16"]:
-        for norm_type in [1.0, 2.0, 3.5, float("inf")]:
+        for norm_type in [1.0, 2.0, 3.0, 3.5, float("inf")]:
             names = sorted(name for name in tensors if name.startswith(f"gradient.{dtype}."))
             params = [torch.nn.Parameter(torch.zeros_like(tensors[name])) for name in names]
             for param, name in zip(params, names):

@@ -9,6 +9,7 @@ use crate::abi::{NORM_THREADS, NormArguments, NormTensor, UnscaleArguments, Unsc
 use crate::device::cuda::{Kernels, Stream, View};
 use crate::dtype::{DType, NormType};
 use crate::error::{Error, Result};
+use crate::ops::host::powers::is_product;
 
 const MEASURE: Grid = Grid { threads: NORM_THREADS, resident_blocks: 3 };
 /// `measure_norm_p` and `unscale_norm`.
@@ -93,6 +94,7 @@ impl GradientNorm {
         let combine = self.combine.arguments(how, finishes);
         let arguments = NormArguments { tensors: self.table.tensors(), range, combine };
         let (kernel, grid) = match how.norm_type {
+            NormType::P(p) if is_product(p) => ("measure_norm_products", MEASURE),
             NormType::P(_) => ("measure_norm_p", HEAVY),
             _ => ("measure_norm", MEASURE),
         };

@@ -13,6 +13,12 @@ pub(crate) fn power(x: f64, p: f64) -> f64 {
     if x < f64::MIN_POSITIVE { 0.0 } else { result }
 }
 
+/// Exponents whose powers are products in f64: those of every f32 fit it, the least denormal's (2^-149)^6 as well as the sixth
+/// power of 2^128 summed over a chunk.
+pub(crate) fn is_product(p: f64) -> bool {
+    [3.0, 4.0, 5.0, 6.0].contains(&p)
+}
+
 const TWO_52: f64 = 4503599627370496.0;
 
 /// `artanh(sqrt(y)) / sqrt(y)` as a series in `y`: `1/(2k + 1)`. With `y <= 0.0295` what is left out is below 2^-62.

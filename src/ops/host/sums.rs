@@ -18,8 +18,9 @@
 //! non-negative terms is infinite or NaN if one of them was, and underflow matters only where the whole sum is tiny.
 //! NaN and infinities fail the check, and the f64 sum carries them to the result.
 //!
-//! Other exponents and f64 elements, whose powers do not fit f64, are divided by the chunk's largest magnitude first;
-//! the slot holds that magnitude beside the sum.
+//! The third to the sixth powers of f32 and narrower types are products in f64, summed row by row. Other exponents and f64
+//! elements, whose powers do not fit f64, are divided by the chunk's largest magnitude first; the slot holds that magnitude
+//! beside the sum.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -70,6 +71,10 @@ impl<T: Lane> Kernel for ChunkNorm<'_, T> {
             NormType::L1 => chunk_f32(self.chunk, Magnitude),
             NormType::L2 => chunk_f32(self.chunk, Square),
             NormType::Inf => Slot::plain(largest(self.chunk)),
+            NormType::P(3.0) => chunk_products(self.chunk, Product::<3>),
+            NormType::P(4.0) => chunk_products(self.chunk, Product::<4>),
+            NormType::P(5.0) => chunk_products(self.chunk, Product::<5>),
+            NormType::P(6.0) => chunk_products(self.chunk, Product::<6>),
             NormType::P(p) => chunk_scaled(self.chunk, Power(p)),
         }
     }
@@ -90,6 +95,10 @@ impl Kernel for ChunkNormF64<'_> {
             NormType::L1 => chunk_f64(self.chunk, Magnitude),
             NormType::L2 => chunk_f64(self.chunk, Square),
             NormType::Inf => Slot::plain(f64::largest(self.chunk)),
+            NormType::P(3.0) => chunk_scaled(self.chunk, Product::<3>),
+            NormType::P(4.0) => chunk_scaled(self.chunk, Product::<4>),
+            NormType::P(5.0) => chunk_scaled(self.chunk, Product::<5>),
+            NormType::P(6.0) => chunk_scaled(self.chunk, Product::<6>),
             NormType::P(p) => chunk_scaled(self.chunk, Power(p)),
         }
     }
@@ -150,6 +159,23 @@ impl Term32 for Square {
     #[inline(always)]
     fn term_f32(self, x: f32) -> f32 {
         x * x
+    }
+}
+
+/// `|x|^P` for the exponents of [`is_product`](super::powers::is_product).
+#[derive(Clone, Copy)]
+struct Product<const P: u32>;
+
+impl<const P: u32> Term for Product<P> {
+    #[inline(always)]
+    fn term_f64(self, x: f64) -> f64 {
+        let square = x * x;
+        match P {
+            3 => square * x.abs(),
+            4 => square * square,
+            5 => square * square * x.abs(),
+            _ => square * square * square,
+        }
     }
 }
 
@@ -247,6 +273,16 @@ fn chunk_f64<A: Term32>(chunk: &[f64], term: A) -> Slot {
         total += sum_f64(run, term, 1.0);
     }
     if is_safe(total, A::SAFE_F64) { Slot::plain(total) } else { chunk_scaled(chunk, term) }
+}
+
+/// Terms that fit f64 for every f32.
+#[inline(always)]
+fn chunk_products<T: Lane>(chunk: &[T], term: impl Term) -> Slot {
+    let mut total = 0.0;
+    for run in chunk.chunks(RUN_ELEMS) {
+        total += sum_f64(run, term, 1.0);
+    }
+    Slot::plain(total)
 }
 
 /// Every magnitude divided by the largest first.

@@ -13,7 +13,16 @@ use annulus_vgpu::{Module, Options, Report};
 use bytemuck::Zeroable;
 use tensors::{Device, FLOATS, Random, Tensor, fast};
 
-const TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.5)];
+const TYPES: [NormType; 8] = [
+    NormType::L1,
+    NormType::L2,
+    NormType::Inf,
+    NormType::P(3.0),
+    NormType::P(4.0),
+    NormType::P(5.0),
+    NormType::P(6.0),
+    NormType::P(3.5),
+];
 const MAX_NORM: f64 = 1.0;
 
 static MODULE: LazyLock<Module> = LazyLock::new(|| Module::parse(kernels::NORM).unwrap());
@@ -58,7 +67,12 @@ impl Gradients {
     }
 
     fn measure(&mut self, blocks: u32, options: &Options) -> (StepSignal, Report) {
-        let kernel = if self.arguments.combine.kind == 3 { "measure_norm_p" } else { "measure_norm" };
+        let CombineArguments { kind, p, .. } = self.arguments.combine;
+        let kernel = match kind {
+            3 if [3.0, 4.0, 5.0, 6.0].contains(&p) => "measure_norm_products",
+            3 => "measure_norm_p",
+            _ => "measure_norm",
+        };
         let report = self
             .device
             .run(&MODULE, kernel, blocks, NORM_THREADS, &self.arguments, options)
@@ -154,7 +168,7 @@ fn the_grid_does_not_change_the_bits() {
 #[test]
 fn blocks_race_for_nothing_but_the_counter() {
     let tensors: Vec<_> = FLOATS.map(|dtype| (ordinary(dtype, 700, 9), 0)).into();
-    for (norm_type, seed) in [(NormType::L2, 1), (NormType::L2, 2), (NormType::P(1.5), 3)] {
+    for (norm_type, seed) in [(NormType::L2, 1), (NormType::L2, 2), (NormType::P(1.5), 3), (NormType::P(3.0), 4)] {
         check(&tensors, norm_type, 2, &Options { seed, ..Options::default() });
     }
 }
@@ -169,8 +183,13 @@ fn a_nan_or_an_infinity_is_seen_wherever_it_stands() {
             }
         }
     }
-    for (dtype, norm_type) in [(DType::F64, NormType::L2), (DType::F64, NormType::Inf), (DType::F32, NormType::P(3.5))]
-    {
+    for (dtype, norm_type) in [
+        (DType::F64, NormType::L2),
+        (DType::F64, NormType::Inf),
+        (DType::F32, NormType::P(3.5)),
+        (DType::BF16, NormType::P(3.0)),
+        (DType::F64, NormType::P(5.0)),
+    ] {
         for bad in [f64::NAN, f64::INFINITY] {
             let tensor = Tensor::from_fn(dtype, 300, |i| if i == 299 { bad } else { 1.0 });
             check(&[(tensor, 0)], norm_type, 1, &fast());

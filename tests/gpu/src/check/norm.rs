@@ -12,7 +12,7 @@ use crate::record::check;
 use crate::site::{PATIENCE, Placed, Site};
 use crate::tensor::{FLOATS, SINGLES, Tensor, Values};
 
-const TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.5)];
+const TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0), NormType::P(3.5)];
 const MAX_NORM: f64 = 1.0;
 
 /// Compares all.

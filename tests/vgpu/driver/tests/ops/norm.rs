@@ -12,7 +12,7 @@ use crate::gpu::{Gpu, PATIENCE};
 use crate::support::on_virtual_gpu;
 use crate::tensors::{Random, Tensor};
 
-const TYPES: [NormType; 4] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.5)];
+const TYPES: [NormType; 5] = [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0), NormType::P(3.5)];
 
 fn of(norm_type: NormType) -> Measure<'static> {
     Measure { norm_type, max_norm: 1.0, grad_scale: None, skip: Skip::Nonfinite }
