@@ -44,6 +44,7 @@ pub mod ops;
 pub mod reference;
 pub mod schedule;
 pub mod strategy;
+mod streamed;
 pub mod telemetry;
 pub mod world;
 

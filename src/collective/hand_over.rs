@@ -13,6 +13,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
+use crate::streamed::{self, LINE_BYTES};
+
 /// From here on copies may be streamed: below, the first fetch from memory is most of the time.
 const STREAM_BYTES: usize = 4 << 10;
 /// What a line costs its reader more if it comes from memory and not from the writer's cache: 3 to 5 ns, measured as above.
@@ -20,8 +22,6 @@ const STREAM_BYTES: usize = 4 << 10;
 const READER_LINE_NS: u128 = 5;
 /// Copies from one trial to the next.
 const TRIAL_EVERY: u32 = 64;
-/// Lines are only streamed whole.
-const LINE_BYTES: usize = 64;
 /// What is made and then streamed at a time: it stays in the first-level cache, with two terms as long.
 const TILE_BYTES: usize = 8 << 10;
 
@@ -42,7 +42,7 @@ impl HandOver {
         // SAFETY: parts lie in `len_bytes`; the caller's promises.
         self.by_parts(len_bytes, |at, len, streams| unsafe {
             if streams {
-                stream(from.add(at), to.add(at), len);
+                streamed::copy(from.add(at), to.add(at), len);
             } else {
                 std::ptr::copy_nonoverlapping(from.add(at), to.add(at), len);
             }
@@ -70,7 +70,7 @@ impl HandOver {
                 let len = (begin + len - at).min(TILE_BYTES);
                 make(at, len, &[place(own, at)]);
                 // SAFETY: the part lies in `len_bytes`; the caller's promises.
-                unsafe { stream(place(own, at), place(to, at), len) };
+                unsafe { streamed::copy(place(own, at), place(to, at), len) };
             }
         });
     }
@@ -87,7 +87,7 @@ impl HandOver {
             let streams = self.streams.load(Ordering::Relaxed);
             part(0, len_bytes, streams);
             if streams {
-                fence_streamed();
+                streamed::fence();
             }
             return;
         }
@@ -96,53 +96,12 @@ impl HandOver {
         part(0, half, false);
         let plain = start.elapsed();
         part(half, len_bytes - half, true);
-        fence_streamed();
+        streamed::fence();
         let saved = plain.saturating_sub(start.elapsed() - plain);
         let is_worth_it = saved.as_nanos() > (half / LINE_BYTES) as u128 * READER_LINE_NS;
         self.streams.store(is_worth_it, Ordering::Relaxed);
     }
 }
-
-/// # Safety
-/// Both are valid for `len_bytes` and disjoint, and nobody else accesses them until [`fence_streamed`] is behind this.
-#[cfg(target_arch = "x86_64")]
-unsafe fn stream(from: *const u8, to: *mut u8, len_bytes: usize) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    let head = to.align_offset(LINE_BYTES).min(len_bytes);
-    let lines = (len_bytes - head) / LINE_BYTES;
-    let tail = head + lines * LINE_BYTES;
-    // SAFETY: head, lines and tail are `len_bytes` together; `to + head` is aligned to a line. SSE2 is part of x86-64.
-    unsafe {
-        std::ptr::copy_nonoverlapping(from, to, head);
-        for line in 0..lines {
-            let at = head + line * LINE_BYTES;
-            let (from, to) = (from.add(at).cast::<__m128i>(), to.add(at).cast::<__m128i>());
-            let parts = [0, 1, 2, 3].map(|part| _mm_loadu_si128(from.add(part)));
-            for (part, value) in parts.into_iter().enumerate() {
-                _mm_stream_si128(to.add(part), value);
-            }
-        }
-        std::ptr::copy_nonoverlapping(from.add(tail), to.add(tail), len_bytes - tail);
-    }
-}
-
-/// No release orders streamed stores: this comes between them and the flag that tells of them.
-#[cfg(target_arch = "x86_64")]
-fn fence_streamed() {
-    // SAFETY: SSE is part of x86-64.
-    unsafe { std::arch::x86_64::_mm_sfence() }
-}
-
-/// # Safety
-/// Both are valid for `len_bytes` and disjoint, and nobody else accesses them.
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn stream(from: *const u8, to: *mut u8, len_bytes: usize) {
-    // SAFETY: the caller's promises.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, len_bytes) }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn fence_streamed() {}
 
 #[cfg(all(test, not(loom)))]
 mod tests {
