@@ -3,8 +3,10 @@
 #
 #     benches/peers.sh                                   2 and 4 ranks, 4 KiB to 256 MiB, 5 rounds: about half an hour
 #     ROUNDS=1 SIZES="65536 1048576" benches/peers.sh    a look
+#     MEMORY=private PEERS="sketch mpi" benches/peers.sh buffers that peers cannot reach, as those of Open MPI always are
 #
-# Settings, from the environment: ROUNDS, RANKS, SIZES (bytes), SECONDS_EACH (timed calls of one size), PEERS ("sketch mpi gloo").
+# Settings, from the environment: ROUNDS, RANKS, SIZES (bytes), SECONDS_EACH (timed calls of one size), PEERS ("sketch mpi gloo"),
+# MEMORY (registered or private).
 #
 # What is compared: every program checks its sums, warms up, meets at a barrier before each timed call, takes the slowest
 # rank's time, and gives the median. The programs take turns size by size, in another order each round, and before and
@@ -12,7 +14,8 @@
 # machines both change within seconds, so only figures of one turn are compared. The table's ratios are medians, over the
 # rounds, of the ratio within a turn.
 #
-# The sketch is C without any checks over shared memory: ring, direct, and direct chunk by chunk; the best of the three counts.
+# The sketch is C without any checks: over shared memory ring, direct, and direct chunk by chunk; over private memory staged, in
+# chunks of three sizes. The best of the three counts.
 # Open MPI runs with the strongest settings we found for one machine: shared memory with bounce buffers for every size
 # (UCX posix and CMA, no rendezvous), and a malloc that keeps its pages, because MPI_Allreduce allocates scratch in every
 # call and would fault it in each time. Gloo has TCP on loopback only.
@@ -26,6 +29,7 @@ worlds=${RANKS:-2 4}
 sizes=${SIZES:-4096 16384 65536 262144 1048576 4194304 16777216 67108864 268435456}
 seconds=${SECONDS_EACH:-0.4}
 peers=${PEERS:-sketch mpi gloo}
+memory=${MEMORY:-registered}
 out=target/peers
 figures=$out/figures.tsv
 
@@ -68,12 +72,14 @@ build_gloo() {
 # ---- one turn of each program: RANKS BYTES -> microseconds --------------------------------------------------------------
 
 run_annulus() {
-    target/release/annulus bench --ranks "$1" -b "$2" -e "$2" --place in --seconds "$seconds" |
+    target/release/annulus bench --ranks "$1" -b "$2" -e "$2" --place in --seconds "$seconds" --memory "$memory" |
         awk '!/^#/ { if ($13 != 0) { print $13 " wrong" > "/dev/stderr"; exit 1 } print $10 }'
 }
 
 run_sketch() {
-    "$out/all_reduce_sketch" "$1" "$seconds" "$2" |
+    local private=()
+    [ "$memory" = registered ] || private=(private)
+    "$out/all_reduce_sketch" "$1" "$seconds" "$2" "${private[@]}" |
         awk '{
             if ($5 != 0) { print $5 " wrong" > "/dev/stderr"; exit 1 }
             best = $2

@@ -1,13 +1,18 @@
-// What the plainest code gives: f32 sum in place over memory that all ranks share, with no checks of arguments, no deadlines
-// and nobody who may die. Three ways, each untuned:
+// What the plainest code gives: f32 sum in place, with no checks of arguments, no deadlines and nobody who may die. Over
+// vectors that all ranks share, three ways, each untuned:
 //
 //   ring      2(N-1) steps; in each, a rank reads one shard of its left neighbour's vector where it lies
 //   direct    a rank adds up its shard of every vector, meets the others, and copies their shards
 //   chunked   direct, chunk by chunk, so that what was added is still in the cache when it is copied
 //
-// usage: all_reduce_sketch RANKS SECONDS BYTES
-// Prints one line: bytes, then for ring, direct and chunked the median over calls of the slowest rank's time in us, measured
-// as `annulus bench` does it; then the number of wrong elements.
+// Over vectors that are each rank's own, the least that has to be moved, in chunks of 32 KiB, 256 KiB and 1 MiB:
+//
+//   staged    a rank copies what others add up to memory that all share, adds up its shard of what they have put there, puts
+//             the sums there, too, and copies the others' shards
+//
+// usage: all_reduce_sketch RANKS SECONDS BYTES [private]
+// Prints one line: bytes, then for each of the three the median over calls of the slowest rank's time in us, measured as
+// `annulus bench` does it; then the number of wrong elements.
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdatomic.h>
@@ -20,7 +25,7 @@
 #include <unistd.h>
 
 enum { MOST_RANKS = 64, TRIAL_CALLS = 8, FEWEST = 10, MOST = 10000, SPINS = 1000, WAYS = 3 };
-enum { CHUNK_BYTES = 256 << 10 };
+enum { CHUNK_BYTES = 256 << 10, STAGED_BYTES = 1 << 20 };
 
 // Shared by all ranks. Flags count up and never come back.
 struct board {
@@ -32,6 +37,8 @@ struct board {
 
 static struct board* board;
 static float* vectors[MOST_RANKS];
+// Terms and sums, two of each by turns: who is a chunk ahead does not write where others still read.
+static struct { float* terms[2]; float* sums[2]; } stage[MOST_RANKS];
 static int ranks, rank;
 static size_t len;
 
@@ -107,7 +114,39 @@ static void chunked(void) {
     meet();
 }
 
-static void (*const way[WAYS])(void) = { ring, direct, chunked };
+static void staged_over(size_t from, size_t count) {
+    static unsigned turns;
+    unsigned turn = turns++ % 2;
+    float *mine = vectors[rank] + from, *terms = stage[rank].terms[turn], *sums = stage[rank].sums[turn];
+    size_t first = begin(0, count, rank), last = begin(0, count, rank + 1);
+    memcpy(terms, mine, first * sizeof(float));
+    memcpy(terms + last, mine + last, (count - last) * sizeof(float));
+    meet();
+    for (int distance = 1; distance < ranks; distance++) {
+        const float* theirs = stage[(rank + distance) % ranks].terms[turn];
+        for (size_t i = first; i < last; i++) mine[i] += theirs[i];
+    }
+    memcpy(sums, mine + first, (last - first) * sizeof(float));
+    meet();
+    for (int distance = 1; distance < ranks; distance++) {
+        int other = (rank + distance) % ranks;
+        size_t at = begin(0, count, other), end = begin(0, count, other + 1);
+        memcpy(mine + at, stage[other].sums[turn], (end - at) * sizeof(float));
+    }
+}
+
+static void staged(size_t chunk_bytes) {
+    size_t chunk = chunk_bytes / sizeof(float);
+    for (size_t from = 0; from < len; from += chunk) staged_over(from, len - from < chunk ? len - from : chunk);
+}
+
+static void staged_small(void) { staged(32 << 10); }
+static void staged_middle(void) { staged(256 << 10); }
+static void staged_large(void) { staged(STAGED_BYTES); }
+
+static void (*const over_shared[WAYS])(void) = { ring, direct, chunked };
+static void (*const over_private[WAYS])(void) = { staged_small, staged_middle, staged_large };
+static void (*const* way)(void) = over_shared;
 
 static int ascending(const void* left, const void* right) {
     double a = *(const double*)left, b = *(const double*)right;
@@ -167,14 +206,24 @@ static void* shared(size_t bytes) {
 }
 
 int main(int argc, char** argv) {
-    ranks = argc == 4 ? atoi(argv[1]) : 0;
-    size_t bytes = argc == 4 ? strtoull(argv[3], NULL, 10) : 0;
+    int is_private = argc == 5 && strcmp(argv[4], "private") == 0, is_usage = argc == 4 || is_private;
+    ranks = is_usage ? atoi(argv[1]) : 0;
+    size_t bytes = is_usage ? strtoull(argv[3], NULL, 10) : 0;
     len = bytes / sizeof(float);
     if (ranks < 1 || ranks > MOST_RANKS || len == 0) {
-        fprintf(stderr, "usage: all_reduce_sketch RANKS SECONDS BYTES\n");
+        fprintf(stderr, "usage: all_reduce_sketch RANKS SECONDS BYTES [private]\n");
         return 2;
     }
     board = shared(sizeof *board);
+    if (is_private) {
+        way = over_private;
+        for (int r = 0; r < ranks; r++) {
+            for (int turn = 0; turn < 2; turn++) {
+                stage[r].terms[turn] = shared(STAGED_BYTES);
+                stage[r].sums[turn] = shared(STAGED_BYTES / (size_t)ranks + 4096);
+            }
+        }
+    }
     // A page more for each, so that equal places of two vectors have different low address bits.
     for (int r = 0; r < ranks; r++) vectors[r] = shared(bytes + 4096 * (size_t)(r + 1));
     for (rank = 0; rank < ranks; rank++) {
