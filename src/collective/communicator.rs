@@ -182,7 +182,7 @@ impl Communicator {
     /// Reduces `buffer` in place: afterwards every rank holds the same reduction over all ranks.
     ///
     /// # Errors
-    /// [`Error::Poisoned`] after an earlier error; [`Error::Unsupported`] if `op` is not defined for the dtype;
+    /// [`Error::Poisoned`] after an earlier error; [`Error::Unsupported`] for an average or a premultiplied sum of integers;
     /// [`Error::Stream`], which ends the job. The buffer is dropped then. What goes wrong later is returned by
     /// [`Work::wait`].
     ///

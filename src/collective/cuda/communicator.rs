@@ -222,7 +222,7 @@ impl Communicator {
     /// Reduces `view` in place: afterwards every rank holds the same reduction over all ranks.
     ///
     /// # Errors
-    /// [`Error::Poisoned`] after an earlier error; [`Error::Unsupported`] if `op` is not defined for the dtype;
+    /// [`Error::Poisoned`] after an earlier error; [`Error::Unsupported`] for an average or a premultiplied sum of integers;
     /// [`Error::InvalidArgument`] for a view or stream of another device. What the driver says ends the job.
     pub fn all_reduce(&mut self, view: &View, op: ReduceOp, stream: &Stream) -> Result<()> {
         self.all_reduce_into(view, view, op, stream)
