@@ -7,9 +7,12 @@ use std::hash::Hash;
 use annulus::schedule::{Algorithm, Collective, Schedule};
 use stateright::{Checker, HasDiscoveries, Model};
 
+use crate::meeting::{Meeting, MeetingMutant};
 use crate::protocol::{LIVE, Mutant, Noticing, Protocol, SAFE, Violation};
 use crate::staged::{Staged, StagedMutant};
-use crate::worlds::{ALGORITHMS, assert_sound, assert_staged_sound, schedule};
+use crate::worlds::{
+    ALGORITHMS, assert_meeting_sound, assert_sound, assert_staged_sound, every_path, mismatches, schedule,
+};
 
 fn all_reduce(algorithm: Algorithm, world_size: u32) -> Vec<Schedule> {
     vec![schedule(Collective::AllReduce, algorithm, world_size, 2 * world_size as usize)]
@@ -33,6 +36,10 @@ fn findings(protocol: Protocol) -> Findings {
 
 fn staged_findings(protocol: Staged) -> Findings {
     explore(protocol.compile(), |state| state.violation)
+}
+
+fn meeting_findings(meeting: Meeting) -> Findings {
+    explore(meeting, |state| state.violation)
 }
 
 fn explore<M>(model: M, violation: fn(&M::State) -> Option<Violation>) -> Findings
@@ -220,4 +227,85 @@ fn staged_flags_that_stay_behind_are_refused() {
 fn staged_with_an_unnoticed_death_hangs() {
     let found = staged_findings(Staged { deaths: true, noticing: Noticing::Never, ..staged(Collective::AllReduce) });
     assert_eq!(found, Findings { violation: None, hangs: true });
+}
+
+/// Operations of every path and some that differ, one after the other in any order.
+fn meeting(world_size: usize) -> Meeting {
+    let operations = [every_path(world_size), mismatches(world_size)].concat();
+    Meeting { deaths: false, ..Meeting::new(operations) }
+}
+
+#[test]
+fn meetings_with_one_place_for_two_or_a_wait_too_few_are_refused() {
+    for world_size in 2..=3 {
+        assert_meeting_sound(meeting(world_size));
+        for (mutant, expected) in [
+            (MeetingMutant::OneCall, Violation::Overwritten),
+            (MeetingMutant::OneMailbox, Violation::Overwritten),
+            (MeetingMutant::ArriveFirst, Violation::WrongGeneration),
+            (MeetingMutant::NoArrivedWait, Violation::WrongGeneration),
+        ] {
+            let found = meeting_findings(Meeting { mutant: Some(mutant), ..meeting(world_size) });
+            assert_eq!(found.violation, Some(expected), "{mutant:?} of {world_size}");
+        }
+    }
+}
+
+/// The generation would do for choosing the mailbox's place; what a rank counts by itself would not. Payloads put there
+/// in vain are counted by some only, and so are those of a root.
+#[test]
+fn mailboxes_that_each_rank_counts_for_itself_are_misread() {
+    let mutant = Some(MeetingMutant::TurnsOfOwnPayloads);
+    for (operation, is_refused) in [(0, false), (2, true), (5, true)] {
+        let paths = every_path(3);
+        let operations = vec![paths[1].clone(), paths[3].clone(), paths[operation].clone()];
+        let control = Meeting { deaths: false, ..Meeting::new(operations) };
+        assert_meeting_sound(control.clone());
+        let found = meeting_findings(Meeting { mutant, ..control });
+        assert_eq!(found.violation, is_refused.then_some(Violation::WrongGeneration), "{operation}");
+    }
+}
+
+#[test]
+fn mapped_memory_given_back_too_early_is_overwritten_or_misread() {
+    let paths = every_path(2);
+    for (operation, expected) in [(3, Violation::WrongResult), (4, Violation::WrongValue)] {
+        let operations = vec![paths[1].clone(), paths[operation].clone()];
+        let control = Meeting { deaths: false, ..Meeting::new(operations) };
+        assert_meeting_sound(control.clone());
+        let found = meeting_findings(Meeting { mutant: Some(MeetingMutant::NoDoneWait), ..control.clone() });
+        assert_eq!(found.violation, Some(expected));
+        let control = Meeting { noticing: Noticing::Deadline, ..control };
+        assert_meeting_sound(control.clone());
+        let found = meeting_findings(Meeting { mutant: Some(MeetingMutant::GivesBackAfterErrors), ..control });
+        assert!(found.violation.is_some(), "{operation}");
+    }
+}
+
+#[test]
+fn a_call_that_is_compared_with_one_peer_alone_succeeds_in_spite_of_a_mismatch() {
+    for (mismatch, expected) in (0..).zip([Violation::WrongResult, Violation::WrongValue]) {
+        let operations = [every_path(3), vec![mismatches(3).swap_remove(mismatch)]].concat();
+        let control = Meeting { deaths: false, ..Meeting::new(operations) };
+        let found = meeting_findings(Meeting { mutant: Some(MeetingMutant::ComparesOnce), ..control });
+        assert_eq!(found.violation, Some(expected), "{mismatch}");
+    }
+}
+
+#[test]
+fn meetings_that_compare_generations_as_plain_numbers_break_at_the_wrap() {
+    let found = meeting_findings(Meeting { mutant: Some(MeetingMutant::PlainCompare), ..meeting(2) });
+    assert!(found.violation.is_some() || found.hangs, "{found:?}");
+}
+
+#[test]
+fn meetings_that_hear_of_no_death_hang() {
+    let control = Meeting { deaths: true, ..meeting(2) };
+    assert_meeting_sound(control.clone());
+    for mutated in [
+        Meeting { noticing: Noticing::Never, ..control.clone() },
+        Meeting { mutant: Some(MeetingMutant::DoneWaitIgnoresFault), ..control },
+    ] {
+        assert_eq!(meeting_findings(mutated), Findings { violation: None, hangs: true });
+    }
 }
