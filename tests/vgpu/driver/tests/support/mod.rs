@@ -42,9 +42,17 @@ fn command(test: &str, variables: &[(&str, &str)], driver: Driver<'_>) -> (Comma
         Driver::Without(function) => std::fs::write(place, without(&std::fs::read(whole).unwrap(), function)).unwrap(),
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]);
-    command.env("LD_LIBRARY_PATH", folder.path()).env(INSIDE, test).envs(variables.iter().copied());
+    command
+        .args(arguments(test))
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env(INSIDE, test)
+        .envs(variables.iter().copied());
     (command, folder)
+}
+
+/// Of this executable, to run only `test`.
+fn arguments(test: &str) -> [&str; 5] {
+    [test, "--exact", "--nocapture", "--quiet", "--test-threads=1"]
 }
 
 /// A library in whose table of names `function` stands under another one.
@@ -148,6 +156,12 @@ pub fn as_peer(role: &str, body: impl FnOnce()) {
     if is_inside(role) {
         body();
     }
+}
+
+/// `command` with the command line of the test `role` behind it: a launcher of processes that are in that role.
+pub fn in_role(mut command: Command, role: &str) -> Command {
+    command.arg(std::env::current_exe().unwrap()).args(arguments(role)).env(INSIDE, role);
+    command
 }
 
 /// Says a line to the process that started this one.
