@@ -26,5 +26,5 @@ mod race;
 pub use exec::{Arguments, Launch, Options, Report, run};
 pub use fault::{Fault, Site};
 pub use memory::Memory;
-pub use outside::Outside;
+pub use outside::{Manner, Outside, Reach};
 pub use ptx::{Kernel, Module};

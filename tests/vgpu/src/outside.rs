@@ -1,5 +1,30 @@
 //! What kernels reach outside their registers and their block's memory.
 
+/// How an access is made that an [`Outside`] is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// Number of the instruction in the kernel, for [`Kernel::place`](crate::Kernel::place).
+    pub instruction: usize,
+    /// Among which threads it is strong, and orders what it orders.
+    pub reach: Reach,
+    /// What it reads from was released to it.
+    pub acquires: bool,
+    /// All that its thread has done and observed is released to who acquires it.
+    pub releases: bool,
+}
+
+/// Who an access is strong for, of threads beyond the block (PTX ISA 9.0, 8.5).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reach {
+    /// Nobody: it is weak, or made for its own block.
+    #[default]
+    Nobody,
+    /// The device.
+    Device,
+    /// Everyone.
+    System,
+}
+
 /// Global memory and time, as the threads of a run find them.
 ///
 /// [`Memory`](crate::Memory) is the one for runs that own everything they touch. A driver over the interpreter has another:
@@ -20,6 +45,12 @@ pub trait Outside {
     /// between, and returns the old one; `None` as for [`store`](Outside::store). `change` may be called again if others
     /// store at the same time.
     fn update(&mut self, address: u64, len_bytes: usize, change: &dyn Fn(u64) -> u64) -> Option<u64>;
+
+    /// Says how the [`load`](Outside::load), [`store`](Outside::store) or [`update`](Outside::update) is made that comes next:
+    /// for an outside that looks for races between runs.
+    fn announce(&self, manner: Manner) {
+        let _ = manner;
+    }
 
     /// The allocation at or below `address`, for messages.
     fn nearest(&self, address: u64) -> String;

@@ -319,6 +319,13 @@ impl Kernel {
         self.instructions.len()
     }
 
+    /// Where an instruction is: its line of the PTX, and `file:line` of the source if the PTX has `.loc`.
+    pub fn place(&self, instruction: usize) -> String {
+        let Some(instruction) = self.instructions.get(instruction) else { return "the end".to_owned() };
+        let source = self.source(instruction).map(|source| format!(" ({source})")).unwrap_or_default();
+        format!("PTX line {}{source}", instruction.ptx_line)
+    }
+
     pub(crate) fn source(&self, instruction: &Instruction) -> Option<String> {
         let (file, line) = instruction.source?;
         let name = self.files.iter().find(|(number, _)| *number == file).map_or("?", |(_, name)| name);

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 use std::time::Instant;
 
-use annulus_vgpu::Outside;
+use annulus_vgpu::{Manner, Outside};
 
 use crate::device;
-use crate::mapping::{Mapping, new_memory};
+use crate::mapping::{Mapping, MemoryId, new_memory};
+use crate::races::{self, Watch};
 use crate::settings::{Peers, SETTINGS};
 use crate::status::{Result, Status, refuse};
 
@@ -97,6 +98,7 @@ pub(crate) fn remove(address: u64, call: &str, accepts: impl Fn(Kind) -> bool) -
             std::process::abort();
         }
         device::give_back(removed.device, removed.len_bytes);
+        races::access(&removed.mapping, 0, removed.len_bytes, true, call);
         // Whoever still uses it in this process reads rubbish.
         removed.mapping.fill(0, removed.len_bytes, 0xdb);
     }
@@ -132,6 +134,22 @@ pub(crate) fn range_now(number: usize, address: u64, len_bytes: usize) -> Option
     found
 }
 
+/// The addresses at which a byte of a memory is mapped, for messages.
+pub(crate) fn places_of(memory: MemoryId, offset: u64) -> String {
+    let table = table();
+    let places = table.iter().filter_map(|(start, allocation)| {
+        let (id, base) = allocation.mapping.identity()?;
+        let within = offset.checked_sub(base).filter(|within| id == memory && *within < allocation.len_bytes as u64)?;
+        let Allocation { len_bytes, kind, device, .. } = allocation;
+        Some(format!(
+            "{:#x}, byte {within} of {len_bytes} of {kind:?} memory at {start:#x} of device {device}",
+            start + within
+        ))
+    });
+    let places: Vec<String> = places.collect();
+    if places.is_empty() { "memory that is freed".to_owned() } else { places.join(", also ") }
+}
+
 /// What the kernels of one launch reach.
 pub(crate) struct View {
     table: Arc<Table>,
@@ -139,11 +157,31 @@ pub(crate) struct View {
     /// Bit d: memory of device d.
     reachable: u64,
     start: Instant,
+    watch: Option<Watch>,
 }
 
 impl View {
-    pub fn of(number: usize) -> View {
-        View { table: table(), device: number, reachable: device::reachable(number), start: Instant::now() }
+    pub fn of(number: usize, watch: Option<Watch>) -> View {
+        View { table: table(), device: number, reachable: device::reachable(number), start: Instant::now(), watch }
+    }
+
+    /// The launch has ended.
+    pub fn end(&self) {
+        if let Some(watch) = &self.watch {
+            watch.note();
+        }
+    }
+
+    fn before(&self, found: (&Allocation, usize), len_bytes: usize, writes: bool) {
+        if let Some(watch) = &self.watch {
+            watch.before(&found.0.mapping, found.1, len_bytes, writes);
+        }
+    }
+
+    fn after(&self, found: (&Allocation, usize)) {
+        if let Some(watch) = &self.watch {
+            watch.after(&found.0.mapping, found.1, found.0.kind.is_host());
+        }
     }
 
     fn find(&self, address: u64, len_bytes: usize) -> Option<(&Allocation, usize)> {
@@ -169,12 +207,16 @@ impl Outside for View {
     }
 
     fn load(&self, address: u64, into: &mut [u8]) -> bool {
-        let found = self.find(address, into.len());
-        found.map(|(allocation, offset)| allocation.mapping.read(offset, into)).is_some()
+        let Some(found) = self.find(address, into.len()) else { return false };
+        self.before(found, into.len(), false);
+        found.0.mapping.read(found.1, into);
+        self.after(found);
+        true
     }
 
     fn store(&mut self, address: u64, bytes: &[u8]) -> bool {
         let Some((allocation, offset)) = self.find(address, bytes.len()) else { return false };
+        self.before((allocation, offset), bytes.len(), true);
         if !self.loses(allocation) {
             allocation.mapping.write(offset, bytes);
         }
@@ -183,7 +225,16 @@ impl Outside for View {
 
     fn update(&mut self, address: u64, len_bytes: usize, change: &dyn Fn(u64) -> u64) -> Option<u64> {
         let (allocation, offset) = self.find(address, len_bytes)?;
-        allocation.mapping.update(offset, len_bytes, change)
+        self.before((allocation, offset), len_bytes, true);
+        let old = allocation.mapping.update(offset, len_bytes, change);
+        self.after((allocation, offset));
+        old
+    }
+
+    fn announce(&self, manner: Manner) {
+        if let Some(watch) = &self.watch {
+            watch.announce(manner);
+        }
     }
 
     fn nearest(&self, address: u64) -> String {

@@ -184,7 +184,7 @@ pub(crate) fn add(stream: &Stream, work: &Work) -> Result<bool> {
         let Some((_, capture)) = of(captures, stream) else { return Ok(false) };
         let node = capture.graph.nodes.len();
         let after = std::mem::replace(&mut capture.member(stream)?.after, vec![node]);
-        capture.graph.nodes.push(Node { work: Work::clone(work), after });
+        capture.graph.nodes.push(Node { work: Work::clone(work), device: stream.device, after });
         Ok(true)
     })
 }

@@ -1,8 +1,9 @@
 //! Events: points in the order of a stream.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::races::{self, Clock};
 use crate::status::{Result, Status, refuse};
 
 /// DAPI 6.1, `CUevent_flags`.
@@ -12,7 +13,42 @@ const DISABLE_TIMING: u32 = 2;
 pub(crate) struct Event {
     flags: u32,
     state: Mutex<State>,
-    reached: Condvar,
+}
+
+/// One point in the order of a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Recording {
+    reached: Mutex<Option<Reached>>,
+    changed: Condvar,
+}
+
+/// When it was reached, and what is known to have happened by then.
+#[derive(Debug, Clone)]
+struct Reached {
+    at: Instant,
+    clock: Clock,
+}
+
+impl Recording {
+    fn reached(&self) -> MutexGuard<'_, Option<Reached>> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// By the stream, which has come there.
+    pub fn complete(&self) {
+        *self.reached() = Some(Reached { at: Instant::now(), clock: races::clock() });
+        self.changed.notify_all();
+    }
+
+    /// Waits until it is reached, and returns what is known then.
+    pub fn wait(&self) -> Clock {
+        let reached = self.changed.wait_while(self.reached(), |reached| reached.is_none());
+        reached
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|reached| reached.clock.clone())
+            .unwrap_or_default()
+    }
 }
 
 /// A recording in a capture: which one, and the nodes of its graph that it stands for (CUDA Programming Guide, 4.2.2.1.2.1:
@@ -23,14 +59,11 @@ pub(crate) struct Captured {
     pub after: Vec<usize>,
 }
 
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default)]
 struct State {
     /// If the last recording was one.
     captured: Option<Captured>,
-    recorded: u64,
-    completed: u64,
-    /// When the point completed last was reached.
-    at: Option<Instant>,
+    latest: Option<Arc<Recording>>,
 }
 
 impl Event {
@@ -42,12 +75,11 @@ impl Event {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a recording; the stream completes it with [`Event::complete`].
-    pub fn mark(&self) -> u64 {
-        let mut state = self.state();
+    /// Begins a recording, which the stream completes; the one before it comes with it.
+    pub fn mark(&self) -> (Option<Arc<Recording>>, Arc<Recording>) {
+        let (mut state, new) = (self.state(), Arc::<Recording>::default());
         state.captured = None;
-        state.recorded += 1;
-        state.recorded
+        (state.latest.replace(Arc::clone(&new)), new)
     }
 
     /// Records it in a capture.
@@ -59,27 +91,18 @@ impl Event {
         self.state().captured.clone()
     }
 
-    pub fn complete(&self, recording: u64) {
-        let mut state = self.state();
-        state.completed = state.completed.max(recording);
-        state.at = Some(Instant::now());
-        self.reached.notify_all();
+    /// The recording that whoever waits now waits for. DAPI 6.19, `cuEventRecord`: before the first one "an event represents
+    /// an empty set of work", so there is nothing to wait for.
+    pub fn recording(&self) -> Option<Arc<Recording>> {
+        self.state().latest.clone()
     }
 
-    /// The recording that whoever waits now waits for.
-    pub fn recording(&self) -> u64 {
-        self.state().recorded
-    }
-
-    pub fn wait(&self, recording: u64) {
-        let state = self.state();
-        let _state = self.reached.wait_while(state, |state| state.completed < recording);
-    }
-
-    /// DAPI 6.19, `cuEventRecord`: before the first recording "an event represents an empty set of work", so it is complete.
+    /// Whether the latest recording is complete, if there is any; the host knows then.
     pub fn is_complete(&self) -> bool {
-        let state = self.state();
-        state.completed >= state.recorded
+        self.recording().is_none_or(|recording| {
+            let reached = recording.reached().clone();
+            reached.map(|reached| races::host_learns(&reached.clock)).is_some()
+        })
     }
 
     /// DAPI 6.19, `cuEventElapsedTime`: CUDA_ERROR_INVALID_HANDLE for events without timing or never recorded,
@@ -88,13 +111,15 @@ impl Event {
         if (self.flags | end.flags) & DISABLE_TIMING != 0 {
             return refuse(Status::INVALID_HANDLE, "the time between events made with CU_EVENT_DISABLE_TIMING");
         }
-        let (start, end) = (self.state().clone(), end.state().clone());
-        if start.recorded == 0 || end.recorded == 0 {
+        let (Some(start), Some(end)) = (self.recording(), end.recording()) else {
             return refuse(Status::INVALID_HANDLE, "the time between events that were not both recorded");
-        }
-        match (start.at, end.at) {
-            (Some(from), Some(to)) if start.completed == start.recorded && end.completed == end.recorded => {
-                Ok(to.saturating_duration_since(from).as_secs_f32() * 1e3)
+        };
+        let (start, end) = (start.reached().clone(), end.reached().clone());
+        match (start, end) {
+            (Some(start), Some(end)) => {
+                races::host_learns(&start.clock);
+                races::host_learns(&end.clock);
+                Ok(end.at.saturating_duration_since(start.at).as_secs_f32() * 1e3)
             }
             _ => Err(Status::NOT_READY),
         }

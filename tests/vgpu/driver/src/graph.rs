@@ -6,12 +6,14 @@ use std::thread::Scope;
 use crate::capture;
 use crate::event::Event;
 use crate::handles::Handles;
+use crate::races::{self, Actor, Clock};
 use crate::status::{Result, Status, refuse};
 use crate::stream::{Stream, Work};
 
 /// One operation, and which of the graph's nodes, all before it in the list, have to be done first.
 pub(crate) struct Node {
     pub work: Work,
+    pub device: usize,
     pub after: Vec<usize>,
 }
 
@@ -25,6 +27,8 @@ pub(crate) struct Executable {
     graph: Arc<Graph>,
     /// Recorded by each launch: the next one begins after it.
     launches: Event,
+    /// Whom its nodes work for.
+    actors: Mutex<Vec<Actor>>,
 }
 
 /// DAPI 6.24: of a handle that is none, the functions of graphs have no code but CUDA_ERROR_INVALID_VALUE.
@@ -47,15 +51,19 @@ impl Graph {
 
     /// Does the work of every node, each as soon as those before it are done: branches run at the same time, since one may
     /// wait for what another writes.
-    fn run(&self) {
+    fn run(&self, actors: &Mutex<Vec<Actor>>) {
         let mut followers = vec![Vec::new(); self.nodes.len()];
         for (number, node) in self.nodes.iter().enumerate() {
             node.after.iter().for_each(|before| followers[*before].push(number));
         }
         let pending = self.nodes.iter().map(|node| node.after.len()).collect();
-        let run = Run { graph: self, followers, pending: Mutex::new(pending) };
+        let run = Run { graph: self, followers, pending: Mutex::new(pending), begin: races::clock(), actors };
         let roots = (0..self.nodes.len()).filter(|number| self.nodes[*number].after.is_empty()).collect();
+        let stream = races::play(None);
         std::thread::scope(|scope| run.branch(roots, scope));
+        races::play(stream);
+        let actors = actors.lock().unwrap_or_else(PoisonError::into_inner);
+        actors.iter().for_each(|node| races::learn(node.clock()));
     }
 }
 
@@ -66,6 +74,9 @@ struct Run<'g> {
     followers: Vec<Vec<usize>>,
     /// Of each node, how many before it are not done.
     pending: Mutex<Vec<usize>>,
+    /// What is known when it begins.
+    begin: Clock,
+    actors: &'g Mutex<Vec<Actor>>,
 }
 
 impl Run<'_> {
@@ -75,8 +86,22 @@ impl Run<'_> {
             for other in ready.drain(..) {
                 scope.spawn(move || self.branch(vec![other], scope));
             }
-            (self.graph.nodes[node].work)();
+            self.work(node);
             ready = self.finish(node);
+        }
+    }
+
+    /// Does the work of a node, which knows of those before it.
+    fn work(&self, number: usize) {
+        let actors = || self.actors.lock().unwrap_or_else(PoisonError::into_inner);
+        let node = &self.graph.nodes[number];
+        let mut actor = actors()[number].clone();
+        let before: Vec<Clock> = node.after.iter().map(|before| actors()[*before].clock().clone()).collect();
+        actor.begin(&before.iter().chain([&self.begin]).collect::<Vec<_>>());
+        races::play(Some(actor));
+        (node.work)();
+        if let Some(actor) = races::play(None) {
+            actors()[number] = actor;
         }
     }
 
@@ -95,7 +120,9 @@ impl Run<'_> {
 /// `cuGraphInstantiate`
 pub(crate) fn instantiate(graph: u64) -> Result<u64> {
     let graph = GRAPHS.get(graph)?;
-    Ok(EXECUTABLES.insert(Executable { graph, launches: Event::default() }))
+    let actor = |node: usize| Actor::new(&format!("in node {node} of a graph"), graph.nodes[node].device);
+    let actors = Mutex::new((0..graph.nodes.len()).map(actor).collect());
+    Ok(EXECUTABLES.insert(Executable { graph, launches: Event::default(), actors }))
 }
 
 /// `cuGraphLaunch`: "Each launch is ordered behind both any previous work in hStream and any previous launches of
@@ -106,11 +133,13 @@ pub(crate) fn launch(executable: u64, stream: u64) -> Result<()> {
     if capture::is_capturing(&stream) {
         return refuse(Status::NOT_SUPPORTED, "cuGraphLaunch into a capture: graphs in graphs");
     }
-    let launch = executable.launches.mark();
+    let (before, launch) = executable.launches.mark();
     // Also in a context that has failed: whoever waits for the launch goes on; the nodes look for themselves.
     stream.submit_always(move || {
-        executable.launches.wait(launch - 1);
-        executable.graph.run();
-        executable.launches.complete(launch);
+        if let Some(before) = before {
+            races::learn(&before.wait());
+        }
+        executable.graph.run(&executable.actors);
+        launch.complete();
     })
 }

@@ -9,6 +9,7 @@ use crate::allocations::{self, View};
 use crate::device::{self, BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, SHARED_BYTES_PER_MULTIPROCESSOR};
 use crate::device::{THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR};
 use crate::module::Function;
+use crate::races::{self, Watch};
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, refuse};
 use crate::stream::Stream;
@@ -91,9 +92,12 @@ pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, paramete
         };
         let _turn = SETTINGS.one_at_a_time.then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
         // Taken now: what was freed before the launch's turn is out of its reach.
-        let mut view = View::of(number);
+        let mut view = View::of(number, Watch::new(&function));
         match run(&[launch], &mut view, &options) {
-            Ok(report) => tally::add(function.kernel().name(), &report),
+            Ok(report) => {
+                view.end();
+                tally::add(function.kernel().name(), &report);
+            }
             Err(fault) => device::fail(number, &fault),
         }
     })
@@ -124,7 +128,7 @@ pub(crate) fn wait_value(stream: &Stream, address: u64, value: u32, flags: u32) 
             let mut seen = [0; 4];
             allocation.mapping.read(offset, &mut seen);
             if is_met(flags, u32::from_le_bytes(seen), value) != Ok(false) || device::check_sticky(number).is_err() {
-                return;
+                return races::wait_value(&allocation.mapping, offset, allocation.kind.is_host());
             }
             // Stricter than CUDA, which waits for ever: a test should end.
             if start.elapsed() > SETTINGS.watchdog {
@@ -147,6 +151,8 @@ pub(crate) fn write_value(stream: &Stream, address: u64, value: u32, flags: u32)
     let number = stream.device;
     stream.submit(move || {
         if let Some((allocation, offset)) = allocations::range_now(number, address, 4) {
+            // DAPI 6.1, CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER: the write may come before writes of the stream before it.
+            races::write_value(&allocation.mapping, offset, flags == 0);
             allocation.mapping.write(offset, &value.to_le_bytes());
         }
     })

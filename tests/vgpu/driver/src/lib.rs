@@ -7,8 +7,9 @@
 //!                                   --> stream: one worker thread each, in order --> PTX interpreter (annulus-vgpu)
 //! ```
 //! Launches on different streams run on their streams' threads at the same time, and those of other processes in theirs: a
-//! kernel that spins does not keep others from running. Memory is sequentially consistent between them; finding races is
-//! the interpreter's job in one process (`annulus_vgpu::run`).
+//! kernel that spins does not keep others from running. Memory is sequentially consistent between them. What streams of this
+//! process do to the same memory with nothing to order it ends the process ([`races`]), however it came out; races between
+//! threads of a launch are the interpreter's to find, when it runs one alone (`annulus_vgpu::run`).
 //!
 //! It is strict where CUDA is: what the driver API's documentation (CUDA Driver API Reference Manual 12.2, chapter 6;
 //! "DAPI 6.13" and the like below) calls an error is one here, with the code named there. What it leaves undefined, this
@@ -28,6 +29,8 @@
 //! | `CUDA_MODULE_LOADING` | CUDA's own: `LAZY`, `EAGER` | `LAZY` |
 //! | `ANNULUS_VGPU_CALLS` | a file that gets a line for each call of the driver: its name | none |
 //! | `ANNULUS_VGPU_REFUSE` | a file: once it exists, it holds the name of a function and which call of it is refused | none |
+//! | `ANNULUS_VGPU_RACES` | of races between streams, kernels and copies: `end`: they are told, and the process is ended; `tell`; `ignore` | `end` |
+//! | `ANNULUS_VGPU_DROP_WAIT` | a file: once it exists, it holds the number of a device and which `cuStreamWaitEvent` of its streams is forgotten | none |
 //! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored, 32-byte transactions that load, that store | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without
@@ -44,6 +47,7 @@ mod ipc;
 mod launch;
 mod mapping;
 mod module;
+mod races;
 mod refusal;
 mod settings;
 mod status;

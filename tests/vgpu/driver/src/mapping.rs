@@ -18,11 +18,16 @@ const NAME: &str = "annulus-vgpu-";
 /// What memory holds before it is written.
 const UNWRITTEN: u8 = 0xd5;
 
+/// Which memory it is, whoever has mapped it: device and inode of its file.
+pub(crate) type MemoryId = (u64, u64);
+
 /// Bytes of the address space, readable and writable for as long as the value lives.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len_bytes: usize,
     memory: Option<OwnedFd>,
+    /// Which memory, and where in it the mapping begins; none for memory that only one call reads or writes.
+    identity: Option<(MemoryId, u64)>,
     end: End,
     /// A program has it no more, though a kernel may refer to it.
     is_closed: AtomicBool,
@@ -58,6 +63,23 @@ pub(crate) fn device_of(memory: BorrowedFd<'_>) -> Option<usize> {
     name.split(' ').next()?.parse().ok()
 }
 
+/// The file that is mapped at `address`, and where in it that is; none for anonymous memory.
+fn file_at(address: u64) -> Option<(MemoryId, u64)> {
+    // proc_pid_maps(5): "address perms offset dev inode pathname", numbers in base 16 but the inode.
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    maps.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (range, _, offset, device, inode) =
+            (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+        let (start, end) = range.split_once('-')?;
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end, offset, inode) = (hex(start)?, hex(end)?, hex(offset)?, inode.parse::<u64>().ok()?);
+        let (major, minor) = device.split_once(':')?;
+        let device = rustix::fs::makedev(hex(major)? as u32, hex(minor)? as u32);
+        ((start..end).contains(&address) && inode != 0).then_some(((device, inode), offset + (address - start)))
+    })
+}
+
 /// Reserves addresses that nothing is mapped at.
 pub(crate) fn reserve(len_bytes: usize, align_bytes: usize) -> rustix::io::Result<u64> {
     let all_bytes = len_bytes.checked_add(align_bytes).ok_or(rustix::io::Errno::NOMEM)?;
@@ -88,7 +110,7 @@ impl Mapping {
                 0,
             )?
         };
-        Mapping::over(base, len_bytes, Some(memory), End::Unmap)
+        Mapping::over(base, len_bytes, memory, 0, End::Unmap)
     }
 
     /// Maps `len_bytes` of `memory`, from `offset_bytes` on, at a reserved address.
@@ -107,7 +129,7 @@ impl Mapping {
             let flags = MapFlags::SHARED | MapFlags::FIXED;
             rustix::mm::mmap(place, len_bytes, ProtFlags::READ | ProtFlags::WRITE, flags, &memory, offset_bytes)?
         };
-        Mapping::over(base, len_bytes, Some(memory), End::Reserve)
+        Mapping::over(base, len_bytes, memory, offset_bytes, End::Reserve)
     }
 
     /// Memory of the program.
@@ -116,17 +138,43 @@ impl Mapping {
     /// The bytes are readable and writable until the value is dropped.
     pub unsafe fn borrowed(address: u64, len_bytes: usize) -> Option<Mapping> {
         let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(address as usize))?;
-        Some(Mapping { base, len_bytes, memory: None, end: End::Leave, is_closed: AtomicBool::new(false) })
+        let is_closed = AtomicBool::new(false);
+        Some(Mapping { base, len_bytes, memory: None, identity: None, end: End::Leave, is_closed })
     }
 
-    fn over(base: *mut c_void, len_bytes: usize, memory: Option<OwnedFd>, end: End) -> rustix::io::Result<Mapping> {
+    /// As [`borrowed`](Mapping::borrowed), for longer than a call.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn registered(address: u64, len_bytes: usize) -> Option<Mapping> {
+        // SAFETY: the caller's promise.
+        let mut mapping = unsafe { Mapping::borrowed(address, len_bytes) }?;
+        // Anonymous memory is known by its address; inode 0 is no file's.
+        mapping.identity = Some(file_at(address).unwrap_or(((0, 0), address)));
+        Some(mapping)
+    }
+
+    fn over(
+        base: *mut c_void,
+        len_bytes: usize,
+        memory: OwnedFd,
+        offset_bytes: u64,
+        end: End,
+    ) -> rustix::io::Result<Mapping> {
+        let status = rustix::fs::fstat(&memory)?;
+        let identity = Some(((status.st_dev, status.st_ino), offset_bytes));
         let base: NonNull<u8> = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         let _ = base.as_ptr().expose_provenance(); // programs hold it as an integer
-        Ok(Mapping { base, len_bytes, memory, end, is_closed: AtomicBool::new(false) })
+        let is_closed = AtomicBool::new(false);
+        Ok(Mapping { base, len_bytes, memory: Some(memory), identity, end, is_closed })
     }
 
     pub fn address(&self) -> u64 {
         self.base.as_ptr().addr() as u64
+    }
+
+    pub fn identity(&self) -> Option<(MemoryId, u64)> {
+        self.identity
     }
 
     /// From now on kernels in flight do not reach it either.

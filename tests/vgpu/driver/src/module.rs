@@ -106,7 +106,7 @@ pub(crate) fn load_function(function: u64, device: usize) -> Result<()> {
     let function = get(function)?;
     let kernel = (function.owner, function.index);
     if SETTINGS.loads_lazily && !state().loaded.contains(&kernel) {
-        let _ = Stream::synchronize_device(device); // its error comes back from the next call
+        Stream::drain_device(device);
         state().loaded.insert(kernel);
     }
     Ok(())

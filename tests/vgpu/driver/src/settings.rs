@@ -13,6 +13,17 @@ pub(crate) enum Peers {
     Lossy,
 }
 
+/// What is done about races between streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Races {
+    /// They are told, and the process is ended.
+    End,
+    /// They are told.
+    Tell,
+    /// They are not looked for.
+    Ignore,
+}
+
 pub(crate) struct Settings {
     pub devices: usize,
     pub memory_bytes: usize,
@@ -29,6 +40,8 @@ pub(crate) struct Settings {
     pub calls: Option<PathBuf>,
     pub tally: Option<PathBuf>,
     pub refuse: Option<PathBuf>,
+    pub races: Races,
+    pub drop_wait: Option<PathBuf>,
     /// Kernels of this process run to their end one after another, whatever their streams and devices.
     pub one_at_a_time: bool,
 }
@@ -55,6 +68,13 @@ pub(crate) static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
     calls: std::env::var_os("ANNULUS_VGPU_CALLS").map(PathBuf::from),
     tally: std::env::var_os("ANNULUS_VGPU_TALLY").map(PathBuf::from),
     refuse: std::env::var_os("ANNULUS_VGPU_REFUSE").map(PathBuf::from),
+    races: match std::env::var("ANNULUS_VGPU_RACES").as_deref() {
+        Ok("end") | Err(_) => Races::End,
+        Ok("tell") => Races::Tell,
+        Ok("ignore") => Races::Ignore,
+        Ok(other) => refuse("ANNULUS_VGPU_RACES", other),
+    },
+    drop_wait: std::env::var_os("ANNULUS_VGPU_DROP_WAIT").map(PathBuf::from),
     one_at_a_time: number("ANNULUS_VGPU_ONE_AT_A_TIME", false),
 });
 

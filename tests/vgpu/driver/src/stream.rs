@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::capture;
 use crate::device;
+use crate::races::{self, Actor, Clock};
 use crate::status::{Result, Status, refuse};
 
 pub(crate) const NON_BLOCKING: u32 = 1;
@@ -31,21 +32,41 @@ pub(crate) struct Stream {
 /// How much of a stream's work is done.
 #[derive(Default)]
 struct Progress {
-    completed: Mutex<u64>,
+    completed: Mutex<Completed>,
     changed: Condvar,
 }
 
+/// How many works, and what is known to have happened by then.
+#[derive(Default)]
+struct Completed {
+    number: u64,
+    clock: Clock,
+}
+
 impl Progress {
-    fn completed(&self) -> MutexGuard<'_, u64> {
+    fn completed(&self) -> MutexGuard<'_, Completed> {
         self.completed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self, number: u64) {
-        let _completed = self.changed.wait_while(self.completed(), |completed| *completed < number);
+    /// Returns what is known then.
+    fn wait(&self, number: u64) -> Clock {
+        let completed = self.changed.wait_while(self.completed(), |completed| completed.number < number);
+        completed.unwrap_or_else(PoisonError::into_inner).clock.clone()
     }
 }
 
 static STREAMS: LazyLock<Mutex<HashMap<u64, Arc<Stream>>>> = LazyLock::new(Mutex::default);
+/// What destroyed streams still have to do: whoever waits for the device waits for that, too.
+static LEFT: Mutex<Vec<Left>> = Mutex::new(Vec::new());
+/// The rest of a destroyed stream's work.
+#[derive(Clone)]
+struct Left {
+    device: usize,
+    is_blocking: bool,
+    progress: Arc<Progress>,
+    submitted: u64,
+}
+
 static NEXT: AtomicU64 = AtomicU64::new(0x5000_0000);
 /// Handles of the contexts' default streams in the table; never given out.
 const DEFAULTS: u64 = 0x4000_0000;
@@ -56,15 +77,44 @@ fn streams() -> MutexGuard<'static, HashMap<u64, Arc<Stream>>> {
     STREAMS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Remembers a stream that is destroyed; those that are done by now become one, of which only what is known remains.
+fn leave(new: Left) {
+    let mut all = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_alike = |left: &Left| (left.device, left.is_blocking) == (new.device, new.is_blocking);
+    let mut clock = Clock::default();
+    all.retain(|left| {
+        let completed = left.progress.completed();
+        let stays = !is_alike(left) || completed.number < left.submitted;
+        if !stays {
+            clock.join(&completed.clock);
+        }
+        stays
+    });
+    let progress = Progress { completed: Mutex::new(Completed { number: 0, clock }), ..Progress::default() };
+    all.push(Left { progress: Arc::new(progress), submitted: 0, ..new.clone() });
+    all.push(new);
+}
+
+/// What destroyed streams of a device have to do.
+fn left(device: usize) -> Vec<Left> {
+    let all = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    all.iter().filter(|left| left.device == device).cloned().collect()
+}
+
 impl Stream {
     fn start(handle: u64, device: usize, flags: u32, priority: i32) -> Result<Stream> {
         let (sender, works) = channel::<Queued>();
         let progress = Arc::<Progress>::default();
         let own = Arc::clone(&progress);
+        let actor = Actor::new(&format!("on stream {handle:#x} of device {device}"), device);
         let worker = move || {
+            races::play(Some(actor));
             for work in works {
                 work();
-                *own.completed() += 1;
+                let mut completed = own.completed();
+                completed.number += 1;
+                completed.clock = races::clock();
+                drop(completed);
                 own.changed.notify_all();
             }
         };
@@ -108,6 +158,9 @@ impl Stream {
             return refuse(Status::INVALID_HANDLE, "no such stream");
         };
         capture::leave(&stream);
+        let (is_blocking, progress) = (stream.flags & NON_BLOCKING == 0, Arc::clone(&stream.progress));
+        let left = Left { device: stream.device, is_blocking, progress, submitted: stream.submitted() };
+        leave(left);
         Ok(())
     }
 
@@ -123,12 +176,14 @@ impl Stream {
         }
         let is_default = self.is_default();
         let default = DEFAULTS + self.device as u64;
+        let left = if is_default { left(self.device) } else { Vec::new() };
+        let left = left.into_iter().filter(|left| left.is_blocking).map(|left| (left.progress, left.submitted));
         let others = streams();
         let others = others.iter().filter(|(handle, other)| {
             let blocking = other.device == self.device && other.flags & NON_BLOCKING == 0;
             blocking && (**handle == default) != is_default
         });
-        others.map(|(_, other)| (Arc::clone(&other.progress), other.submitted())).collect()
+        others.map(|(_, other)| (Arc::clone(&other.progress), other.submitted())).chain(left).collect()
     }
 
     fn submitted(&self) -> u64 {
@@ -149,10 +204,12 @@ impl Stream {
     /// Appends `work` that is done whatever happens, and is never captured: for whoever waits for it.
     pub fn submit_always(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
         let predecessors = self.predecessors();
+        let host = races::host_clock();
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.0 += 1;
         let all = move || {
-            predecessors.iter().for_each(|(progress, number)| progress.wait(*number));
+            predecessors.iter().for_each(|(progress, number)| races::learn(&progress.wait(*number)));
+            races::begin(&[&host]);
             work();
         };
         // DAPI 6.1: "an unknown internal error"; the worker lives as long as the stream.
@@ -162,20 +219,32 @@ impl Stream {
     /// Waits for everything given so far; then the context's error, if there is one.
     pub fn synchronize(&self) -> Result<()> {
         capture::check_question(self)?;
-        self.predecessors().iter().for_each(|(progress, number)| progress.wait(*number));
-        self.progress.wait(self.submitted());
+        self.predecessors().iter().for_each(|(progress, number)| races::host_learns(&progress.wait(*number)));
+        races::host_learns(&self.progress.wait(self.submitted()));
         device::check_sticky(self.device)
     }
 
     pub fn is_idle(&self) -> Result<bool> {
         capture::check_question(self)?;
-        Ok(*self.progress.completed() >= self.submitted())
+        let submitted = self.submitted();
+        let completed = self.progress.completed();
+        let is_idle = completed.number >= submitted;
+        if is_idle {
+            races::host_learns(&completed.clock);
+        }
+        Ok(is_idle)
     }
 
     /// Waits for all streams of a device.
     pub fn synchronize_device(number: usize) -> Result<()> {
-        let all: Vec<_> = streams().values().filter(|stream| stream.device == number).cloned().collect();
-        all.iter().for_each(|stream| stream.progress.wait(stream.submitted()));
+        Stream::drain_device(number).iter().for_each(races::host_learns);
         device::check_sticky(number)
+    }
+
+    /// As [`synchronize_device`](Stream::synchronize_device), where a program cannot rely on it. What is known then.
+    pub fn drain_device(number: usize) -> Vec<Clock> {
+        let all: Vec<_> = streams().values().filter(|stream| stream.device == number).cloned().collect();
+        let left = left(number).into_iter().map(|left| left.progress.wait(left.submitted));
+        all.iter().map(|stream| stream.progress.wait(stream.submitted())).chain(left).collect()
     }
 }

@@ -4,7 +4,8 @@ use super::arith::{integer, unsigned};
 use super::step::{LOCAL_WINDOW, SHARED_WINDOW, WINDOW_BYTES, extend};
 use super::{Machine, Next};
 use crate::fault::Fault;
-use crate::ptx::{Access, AtomicFunction, Instruction, Operand, Order, Space};
+use crate::outside::{Manner, Reach};
+use crate::ptx::{Access, AtomicFunction, Instruction, Operand, Order, Scope, Space};
 use crate::race::{Location, Touch};
 
 /// An address whose space is known.
@@ -27,6 +28,7 @@ impl Machine<'_> {
         let touch = self.check(thread, at, place, access, len_bytes, false)?;
         self.tell(thread, touch, false)?;
         let mut bytes = [0u8; 32];
+        self.announce(at, place, access);
         self.read(thread, at, place, &mut bytes[..len_bytes])?;
         let destination = &instruction.operands[0];
         for (lane, chunk) in bytes[..len_bytes].chunks(access.ty.bytes).enumerate() {
@@ -56,6 +58,7 @@ impl Machine<'_> {
             let start = lane * access.ty.bytes;
             bytes[start..start + access.ty.bytes].copy_from_slice(&value.to_le_bytes()[..access.ty.bytes]);
         }
+        self.announce(at, place, access);
         self.write(thread, at, place, &bytes[..len_bytes])?;
         self.tell(thread, touch, false)?;
         if place.space == Space::Global {
@@ -98,12 +101,28 @@ impl Machine<'_> {
                 AtomicFunction::Decrement => old - 1,
             }
         };
+        self.announce(at, place, access);
         let old = self.update(thread, at, place, len_bytes, &change)?;
         self.tell(thread, touch, true)?;
         if returns {
             self.set(thread, &instruction.operands[0], extend(old, ty.kind, len_bytes));
         }
         Ok(Next::Yield)
+    }
+
+    /// Tells the outside of the access that it is asked for next.
+    fn announce(&self, at: usize, place: Place, access: &Access) {
+        if place.space != Space::Global {
+            return;
+        }
+        let reach = match (access.order, access.scope) {
+            (Order::Weak | Order::NonCoherent, _) | (_, Scope::Cta) => Reach::Nobody,
+            (_, Scope::Gpu) => Reach::Device,
+            (_, Scope::Sys) => Reach::System,
+        };
+        let is = |order| reach != Reach::Nobody && [order, Order::AcquireRelease].contains(&access.order);
+        let (acquires, releases) = (is(Order::Acquire), is(Order::Release));
+        self.outside.announce(Manner { instruction: at, reach, acquires, releases });
     }
 
     fn sectors_of(&mut self, thread: usize, at: usize, place: Place, len_bytes: usize) -> u64 {

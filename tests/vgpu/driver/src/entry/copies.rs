@@ -9,6 +9,7 @@ use crate::allocations::{self, Allocation};
 use crate::capture;
 use crate::device;
 use crate::mapping::Mapping;
+use crate::races;
 use crate::status::{Result, Status, answer};
 use crate::stream::{LEGACY, Stream};
 
@@ -65,6 +66,8 @@ fn copy_now(device: usize, to: Side, from: Side, len_bytes: usize) {
     let mut chunk = vec![0; CHUNK_BYTES.min(len_bytes)];
     let _ = from.with(device, len_bytes, |from, from_offset| {
         to.with(device, len_bytes, |to, to_offset| {
+            races::access(from, from_offset, len_bytes, false, "a copy");
+            races::access(to, to_offset, len_bytes, true, "a copy");
             for start in (0..len_bytes).step_by(CHUNK_BYTES) {
                 let chunk = &mut chunk[..CHUNK_BYTES.min(len_bytes - start)];
                 from.read(from_offset + start, chunk);
@@ -81,7 +84,10 @@ fn copy(to: Side, from: Side, len_bytes: usize, stream: u64, wait: bool) -> Resu
     let taken = from.is_pageable() && !is_captured;
     if let Some(bytes) = taken.then(|| read(from, device, len_bytes)).flatten() {
         stream.submit(move || {
-            let _ = to.with(device, len_bytes, |to, offset| to.write(offset, &bytes)); // none: as in `copy_now`
+            let _ = to.with(device, len_bytes, |to, offset| {
+                races::access(to, offset, len_bytes, true, "a copy");
+                to.write(offset, &bytes);
+            }); // none: as in `copy_now`
         })?;
     } else {
         stream.submit(move || copy_now(device, to, from, len_bytes))?;
@@ -211,7 +217,10 @@ fn fill(to: u64, byte: u8, len_bytes: usize, call: &Call) -> Result<()> {
     let stream = Stream::of(stream)?;
     let device = stream.device;
     stream.submit(move || {
-        let _ = to.with(device, len_bytes, |to, offset| to.fill(offset, len_bytes, byte)); // none: as in `copy_now`
+        let _ = to.with(device, len_bytes, |to, offset| {
+            races::access(to, offset, len_bytes, true, "a fill");
+            to.fill(offset, len_bytes, byte);
+        }); // none: as in `copy_now`
     })
 }
 

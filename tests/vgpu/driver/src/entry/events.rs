@@ -8,6 +8,8 @@ use crate::capture;
 use crate::device;
 use crate::event::Event;
 use crate::handles::Handles;
+use crate::races;
+use crate::refusal;
 use crate::status::{Result, Status, answer, refuse};
 use crate::stream::Stream;
 
@@ -44,9 +46,9 @@ extern "C" fn cuEventRecord(handle: u64, stream: u64) -> u32 {
         if capture::record(&stream, &event)? {
             return Ok(());
         }
-        let recording = event.mark();
+        let (_, recording) = event.mark();
         // Also in a context that has failed: whoever waits goes on, and gets the error.
-        stream.submit_always(move || event.complete(recording))
+        stream.submit_always(move || recording.complete())
     })
 }
 
@@ -60,11 +62,14 @@ extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 
             let status = if capture::is_capturing(&stream) { Status::NOT_SUPPORTED } else { Status::INVALID_VALUE };
             return refuse(status, "cuStreamWaitEvent with flags");
         }
+        if refusal::drops_wait(stream.device) {
+            return Ok(());
+        }
         if capture::wait(&stream, &event)? {
             return Ok(());
         }
-        let recording = event.recording();
-        stream.submit_always(move || event.wait(recording))
+        let Some(recording) = event.recording() else { return Ok(()) };
+        stream.submit_always(move || races::learn(&recording.wait()))
     })
 }
 
@@ -73,7 +78,9 @@ extern "C" fn cuEventSynchronize(handle: u64) -> u32 {
     answer(|| {
         let event = event(handle)?;
         capture::check_event(&event)?;
-        event.wait(event.recording());
+        if let Some(recording) = event.recording() {
+            races::host_learns(&recording.wait());
+        }
         device::current().map(drop)
     })
 }

@@ -8,6 +8,7 @@ use crate::allocations::{self, Allocation, Kind};
 use crate::capture;
 use crate::device;
 use crate::mapping::Mapping;
+use crate::races;
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, answer, refuse};
 use crate::stream::Stream;
@@ -47,7 +48,11 @@ extern "C" fn cuMemAllocAsync(address: Out<u64>, len_bytes: usize, stream: u64) 
     answer(|| {
         let stream = Stream::of(stream)?;
         check_not_captured(&stream)?;
-        address.give(allocations::allocate(len_bytes, Kind::Pool, stream.device)?)
+        let allocated = allocations::allocate(len_bytes, Kind::Pool, stream.device)?;
+        let (allocation, _) = allocations::range(allocated, len_bytes)?;
+        // Nobody may use it before the stream has come there.
+        stream.submit_always(move || races::access(&allocation.mapping, 0, len_bytes, true, "cuMemAllocAsync"))?;
+        address.give(allocated)
     })
 }
 
@@ -134,7 +139,7 @@ extern "C" fn cuMemHostRegister_v2(address: u64, len_bytes: usize, flags: c_uint
             return refuse(Status::INVALID_VALUE, "cuMemHostRegister of nothing, or with flags that are none");
         }
         // SAFETY: the driver API asks its caller to keep the memory until cuMemHostUnregister, which drops the mapping.
-        let mapping = unsafe { Mapping::borrowed(address, len_bytes) }.ok_or(Status::INVALID_VALUE)?;
+        let mapping = unsafe { Mapping::registered(address, len_bytes) }.ok_or(Status::INVALID_VALUE)?;
         let (mapping, kind) = (Arc::new(mapping), Kind::Registered);
         allocations::change(|table| {
             let end = address.checked_add(len_bytes as u64).ok_or(Status::INVALID_VALUE)?;

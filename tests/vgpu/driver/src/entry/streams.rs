@@ -5,6 +5,7 @@ use std::ffi::{c_int, c_uint, c_void};
 use super::Out;
 use crate::device;
 use crate::launch;
+use crate::races;
 use crate::status::{Status, answer, refuse};
 use crate::stream::{NON_BLOCKING, Stream};
 
@@ -56,7 +57,12 @@ extern "C" fn cuLaunchHostFunc(stream: u64, function: Option<extern "C" fn(*mut 
     answer(|| {
         // Stricter than CUDA, whose reference says nothing of a null function: calling it would end the process.
         let function = function.ok_or(Status::INVALID_VALUE)?;
-        Stream::of(stream)?.submit(move || function(std::ptr::with_exposed_provenance_mut(data)))
+        Stream::of(stream)?.submit(move || {
+            // It may tell the host what it knows, and be told.
+            races::host_learns(&races::clock());
+            function(std::ptr::with_exposed_provenance_mut(data));
+            races::learn(&races::host_clock());
+        })
     })
 }
 
