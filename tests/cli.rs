@@ -1,7 +1,12 @@
 //! The `annulus` program as its user meets it: `bench`, `info`, `completions`, and what wrong use gets.
 
+mod ranks;
+
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// The program, as if no launcher had started this test.
 fn annulus(arguments: &str) -> Command {
@@ -191,6 +196,49 @@ fn info_tells_malformed_variables_and_keeps_the_jobs_secret() {
     let told = text(&output.stdout);
     assert!(told.contains("RANK=-1"), "{told}");
     assert!(told.contains("ANNULUS_JOB=<redacted>") && !told.contains("5ec7e7"), "{told}");
+}
+
+/// As the user of a job's script meets it: one line, whatever is in the variables, and before anything was begun.
+#[test]
+fn p21_garbage_in_the_environment_is_one_line_and_exit_code_2() {
+    type Variables<'a> = &'a [(&'a str, &'a [u8])];
+    let table: [(Variables<'_>, &[&str]); 6] = [
+        (&[("RANK", b"-1"), ("WORLD_SIZE", b"2")], &["RANK=-1", "0 to 63"]),
+        (&[("RANK", b"0"), ("WORLD_SIZE", b"0")], &["WORLD_SIZE=0", "1 to 64"]),
+        (&[("RANK", b"0")], &["WORLD_SIZE", "must be set"]),
+        (&[("RANK", b"\xff\n1"), ("WORLD_SIZE", b"2")], &["RANK=\u{fffd}\\n1", "UTF-8"]),
+        (
+            &[("RANK", b"0"), ("WORLD_SIZE", b"2"), ("MASTER_ADDR", b"\xc3\x28\r\n"), ("MASTER_PORT", b"1")],
+            &["MASTER_ADDR=\u{fffd}(\\r\\n", "UTF-8"],
+        ),
+        (
+            &[("ANNULUS_RANK", b"0"), ("ANNULUS_WORLD_SIZE", b"1"), ("RANK", b"1"), ("WORLD_SIZE", b"2")],
+            &["ANNULUS_RANK=0", "RANK=1"],
+        ),
+    ];
+    for (variables, told) in table {
+        let set = || variables.iter().map(|(name, value)| (*name, OsStr::from_bytes(value)));
+        // The shortest of three: one of them may have waited for a processor.
+        let runs = (0..3).map(|_| {
+            let start = Instant::now();
+            let output = annulus("bench -b 4 -e 4").envs(set()).output().unwrap();
+            (start.elapsed(), output)
+        });
+        let (time, output) = runs.min_by_key(|(time, _)| *time).unwrap();
+        let line = text(&output.stderr);
+        assert_eq!((output.status.code(), line.lines().count()), (Some(2), 1), "{variables:?}: {line}");
+        assert!(told.iter().all(|told| line.contains(told)), "{variables:?}: {line}");
+        assert_eq!(text(&output.stdout), "", "{variables:?}");
+        let limit = Duration::from_millis(if ranks::long() { 100 } else { 10_000 });
+        assert!(time <= limit, "{variables:?}: {time:?}");
+        // What tells of the machine tells of this too, in its table.
+        let output = annulus("info").envs(set()).output().unwrap();
+        let table = text(&output.stdout);
+        let line: Vec<&str> = table.lines().filter(|line| line.starts_with("environment: ")).collect();
+        assert_eq!((output.status.code(), line.len()), (Some(2), 1), "{variables:?}: {table}");
+        assert!(told.iter().all(|told| line[0].contains(told)), "{variables:?}: {table}");
+        assert_eq!(text(&output.stderr), "", "{variables:?}");
+    }
 }
 
 #[test]
