@@ -458,8 +458,7 @@ fn p12_too_little_memory_is_an_error_not_a_signal() {
 fn p12_a_full_control_group_is_an_error_not_a_kill() {
     let _quiet = quiet();
     let Some(group) = MemoryGroup::of_bytes(96 << 20) else {
-        println!("skipped: no control group with a memory limit can be made here");
-        return;
+        return ranks::skip("no control group with a memory limit can be made here");
     };
     let tmpdir = tempfile::tempdir().unwrap();
     let line: Vec<String> = ranks::command_line().iter().map(|word| format!("'{}'", word.to_str().unwrap())).collect();

@@ -336,9 +336,12 @@ fn p08_a_recorded_hello_is_refused() {
         if recorded.is_empty() {
             recorded = hello(&nonce, JOB, 1, 2);
         } else {
+            let sent = Instant::now();
             send(&connection, &recorded);
             let answer = receive(&connection).unwrap();
             assert!(answer.contains("another greeting"), "{answer}");
+            let limit = if long() { Duration::from_millis(100) } else { PATIENCE };
+            assert!(sent.elapsed() <= limit, "refused after {:?}", sent.elapsed());
         }
         job_goes_on(tmpdir.path(), rank_0, 2);
     }
@@ -385,7 +388,7 @@ fn p07_ranks_killed_at_any_moment_of_the_rendezvous_leave_what_the_next_job_swee
     }
     println!("{left} of {moments} kills left a name to the next job");
     // At most the folder and one name, however many jobs died.
-    assert!(names_in(tmpdir.path()).len() <= 3, "{:?}", names_in(tmpdir.path()));
+    assert!(names_in(tmpdir.path()).len() <= 2, "{:?}", names_in(tmpdir.path()));
     let rank_0 = job(tmpdir.path(), "meet", 0, 3);
     job_goes_on(tmpdir.path(), rank_0, 3);
 }
@@ -393,8 +396,7 @@ fn p07_ranks_killed_at_any_moment_of_the_rendezvous_leave_what_the_next_job_swee
 #[test]
 fn p09_another_user_can_neither_connect_nor_read() {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can become another user");
-        return;
+        return ranks::skip("only root can become another user");
     }
     // The stranger must be able to run this executable.
     let own = std::env::current_exe().unwrap();
@@ -429,8 +431,14 @@ fn p09_another_user_can_neither_connect_nor_read() {
     // Even where the folder and the socket were opened to everybody, the peer's user is asked.
     std::fs::set_permissions(socket.parent().unwrap(), std::fs::Permissions::from_mode(0o777)).unwrap();
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o777)).unwrap();
-    let said = as_nobody(&socket, rank_0.pid());
-    assert!(said[0].contains("connect answered None"), "{said:?}");
+    let waits_ms = (0..3).map(|_| {
+        let said = as_nobody(&socket, rank_0.pid());
+        let wait_ms = said[0].split_once("connect answered None after ").map(|(_, wait)| wait.trim_end_matches(" ms"));
+        wait_ms.unwrap_or_else(|| panic!("{said:?}")).parse::<u64>().unwrap()
+    });
+    // The shortest of three: one of them may have waited for a processor.
+    let wait_ms = waits_ms.min().unwrap();
+    assert!(wait_ms <= if long() { 10 } else { 10_000 }, "closed after {wait_ms} ms");
     std::fs::set_permissions(socket.parent().unwrap(), std::fs::Permissions::from_mode(0o700)).unwrap();
     job_goes_on(base.path(), rank_0, 2);
 }
@@ -460,17 +468,28 @@ fn p11_no_port_is_opened() {
     processes.iter().for_each(|process| process.signal(Signal::KILL));
 }
 
-/// Nothing of a running job is in /dev/shm either.
+/// Nothing of a running job, or of a killed one, has a name where such names usually are.
 #[test]
-fn p07_a_running_job_has_no_name_anywhere() {
-    let before = names_in(Path::new("/dev/shm"));
-    let tmpdir = tempfile::tempdir().unwrap();
-    let mut processes: Vec<Process> = (0..3).map(|rank| job(tmpdir.path(), "stay", rank, 3)).collect();
-    processes.iter_mut().for_each(|process| drop(process.expect(">> joined")));
-    assert_eq!(names_in(tmpdir.path()), [""; 0]);
-    let new: Vec<String> = names_in(Path::new("/dev/shm"))
-        .into_iter()
-        .filter(|name| !before.contains(name) && name.contains("annulus"))
-        .collect();
-    assert_eq!(new, [""; 0]);
+fn p07_a_job_has_no_name_anywhere() {
+    let names = || [names_in(Path::new("/dev/shm")), names_in(Path::new("/run/user"))].concat();
+    let new_since =
+        |before: &[String]| -> Vec<String> { names().into_iter().filter(|name| !before.contains(name)).collect() };
+    let mut seen = Vec::new();
+    // Other processes make names, too, but not for every job of this test.
+    for _ in 0..5 {
+        let (before, tmpdir) = (names(), tempfile::tempdir().unwrap());
+        let mut processes: Vec<Process> = (0..3).map(|rank| job(tmpdir.path(), "stay", rank, 3)).collect();
+        processes.iter_mut().for_each(|process| drop(process.expect(">> joined")));
+        let running = new_since(&before);
+        assert_eq!(names_in(tmpdir.path()), [""; 0]);
+        processes.iter().for_each(|process| process.signal(Signal::KILL));
+        drop(processes);
+        let killed = new_since(&before);
+        assert_eq!(names_in(tmpdir.path()), [""; 0]);
+        if running.is_empty() && killed.is_empty() {
+            return;
+        }
+        seen.push((running, killed));
+    }
+    panic!("every job had a name while it ran, or afterwards: {seen:#?}");
 }
