@@ -126,6 +126,12 @@ const CASES: &[Case] = &[
         floor: |t| read::<f32>(&t.gradient),
     },
     Case {
+        name: "norm_p3_f32",
+        bytes_per_elem: 4,
+        run: |t| norm(t, NormType::P(3.0)),
+        floor: |t| read::<f32>(&t.gradient),
+    },
+    Case {
         name: "norm_p3.5_f32",
         bytes_per_elem: 4,
         run: |t| norm(t, NormType::P(3.5)),

@@ -39,6 +39,7 @@ def operations(len_elems, fds):
     return {
         "norm_l2_f32": lambda: torch._foreach_norm([gradient], 2),
         "norm_inf_f32": lambda: torch._foreach_norm([gradient], float("inf")),
+        "norm_p3_f32": lambda: torch._foreach_norm([gradient], 3.0),
         "norm_p3.5_f32": lambda: torch._foreach_norm([gradient], 3.5),
         "norm_l2_bf16": lambda: torch._foreach_norm([model], 2),
         "cast_f32_bf16": lambda: model.copy_(gradient),

@@ -50,8 +50,6 @@ where
 /// Results from here on are streamed: no cache holds them until they are read, and a plain store fetches first what it writes over,
 /// which for bf16 to f32 is 4 of 10 bytes that move.
 const STREAM_BYTES: usize = 64 << 20;
-/// What is cast and then streamed at a time: it stays in the first-level cache.
-const TILE_ELEMS: usize = 1024;
 
 fn cast_pair<S: CastTo<D>, D: Copy + Zeroable>(src: &[S], dst: &mut [D], saturate: Saturate) {
     if size_of_val(dst) >= STREAM_BYTES && cfg!(target_arch = "x86_64") {
@@ -74,14 +72,42 @@ fn cast_streamed<S: CastTo<D>, D: Copy + Zeroable>(src: &[S], dst: &mut [D], sat
     let (src_head, src) = src.split_at(head);
     let (dst_head, dst) = dst.split_at_mut(head);
     cast_cached(src_head, dst_head, saturate);
-    let mut tile = [D::zeroed(); TILE_ELEMS];
-    for (src, dst) in src.chunks(TILE_ELEMS).zip(dst.chunks_mut(TILE_ELEMS)) {
-        let tile = &mut tile[..src.len()];
-        cast_cached(src, tile, saturate);
-        // SAFETY: the tile has as many elements, and is no part of `dst`, which is borrowed until the fence is behind.
-        unsafe { streamed::copy(tile.as_ptr().cast(), dst.as_mut_ptr().cast(), size_of_val(dst)) };
+    let whole = dst.len() / line_elems::<D>() * line_elems::<D>();
+    let (src, src_tail) = src.split_at(whole);
+    let (dst, dst_tail) = dst.split_at_mut(whole);
+    match saturate {
+        Saturate::No => dispatch(CastLines(Cast::<S, D, false> { src, dst })),
+        Saturate::Yes => dispatch(CastLines(Cast::<S, D, true> { src, dst })),
     }
     streamed::fence();
+    cast_cached(src_tail, dst_tail, saturate);
+}
+
+/// Elements of a line.
+const fn line_elems<D>() -> usize {
+    LINE_BYTES / size_of::<D>()
+}
+
+/// As [`Cast`], of whole lines that lie on lines. Nobody looks at the result before [`streamed::fence`].
+struct CastLines<'a, S, D, const SATURATE: bool>(Cast<'a, S, D, SATURATE>);
+
+impl<S: CastTo<D>, D: Copy + Zeroable, const SATURATE: bool> Kernel for CastLines<'_, S, D, SATURATE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Cast { src, dst } = self.0;
+        let len = line_elems::<D>();
+        for (src, dst) in src.chunks_exact(len).zip(dst.chunks_exact_mut(len)) {
+            // As many as the narrowest type has.
+            let mut line = [D::zeroed(); LINE_BYTES / 2];
+            for (to, from) in line[..len].iter_mut().zip(src) {
+                *to = from.cast::<SATURATE>();
+            }
+            // SAFETY: a line each; that of `dst` lies on one, and `dst` is borrowed until the caller's fence is behind.
+            unsafe { streamed::store_line(line.as_ptr().cast(), dst.as_mut_ptr().cast()) };
+        }
+    }
 }
 
 struct Cast<'a, S, D, const SATURATE: bool> {
@@ -213,11 +239,13 @@ pub(super) fn check_indices(first_index: u64, len_elems: usize) -> Result<()> {
 mod tests {
     use super::*;
 
+    const LEN_ELEMS: usize = 1024;
+
     /// Wherever it begins and however long it is, with the bits of the plain loop, and nothing beside it.
     #[test]
     fn streamed_results_are_the_cached_ones() {
-        let src: Vec<f32> = (0..3 * TILE_ELEMS).map(|i| f32::from_bits((i as u32).wrapping_mul(0x9e37_79b9))).collect();
-        for len in [0, 1, 15, 16, 17, TILE_ELEMS - 1, TILE_ELEMS + 1, 2 * TILE_ELEMS + 333] {
+        let src: Vec<f32> = (0..3 * LEN_ELEMS).map(|i| f32::from_bits((i as u32).wrapping_mul(0x9e37_79b9))).collect();
+        for len in [0, 1, 15, 16, 17, LEN_ELEMS - 1, LEN_ELEMS + 1, 2 * LEN_ELEMS + 333] {
             for skew in [0, 1, 5, 31] {
                 for saturate in [Saturate::No, Saturate::Yes] {
                     let [mut cached, mut streamed] = [(); 2].map(|()| vec![bf16::ONE; skew + len + 40]);

@@ -196,7 +196,7 @@ pub(crate) enum Buckets {
         /// In the order of the parameters.
         gradients: Vec<Gradient>,
     },
-    Device(DeviceGradients),
+    Device(Box<DeviceGradients>),
 }
 
 /// The gradients of one module: their places, and how far the current backward has come.
@@ -251,7 +251,7 @@ impl Gradients {
         };
         let memory = match on_device.is_empty() {
             true => Buckets::Host { gradients: places.iter().map(gradient).collect(), buckets },
-            false => Buckets::Device(DeviceGradients::new(on_device, &places)?),
+            false => Buckets::Device(Box::new(DeviceGradients::new(on_device, &places)?)),
         };
         let mut parameters_in = vec![0; bucket_elems.len()];
         places.iter().for_each(|place| parameters_in[place.bucket] += 1);
