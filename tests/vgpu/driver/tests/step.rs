@@ -3,8 +3,12 @@
 
 #[path = "../../../counting/mod.rs"]
 mod counting;
+#[path = "support/held.rs"]
+mod held;
 #[path = "support/linger.rs"]
 mod linger;
+#[path = "support/raw.rs"]
+mod raw;
 mod support;
 #[path = "../../../together/mod.rs"]
 mod together;
@@ -20,11 +24,12 @@ use annulus::strategy::{
 use annulus::telemetry::Timeline;
 use annulus::world::{Environment, launch};
 use annulus::{DType, Error, NormType};
+use held::{Hold, Streams};
+use linger::{linger, release};
 use support::on_virtual_gpu;
 use together::Together;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const WARM_UP: usize = 6;
 const STEPS: usize = 8;
 /// Steps that are enqueued on a device that does not get on.
 const AHEAD: usize = 3;
@@ -46,7 +51,18 @@ const ALLOWED: &[&str] = &[
 /// Of 90 to 100 elements, which share blocks of memory.
 fn batch(number: usize) -> Tensor {
     let len_elems = 90 + number % 10;
-    Tensor::from_slice(&[1, len_elems], &vec![1.0f32; len_elems]).unwrap()
+    let elements: Vec<f32> = (0..len_elems).map(|i| 0.01 * ((i * 3 + number) % 7) as f32 - 0.02).collect();
+    Tensor::from_slice(&[1, len_elems], &elements).unwrap()
+}
+
+/// Who does not get on while steps are enqueued.
+enum Held<'h> {
+    /// The compute stream, and with it reductions, which wait for what it fills.
+    Compute,
+    /// All streams of a strategy, each by itself.
+    All(&'h Streams),
+    /// The other rank: it enqueues nothing before this one has enqueued all. So the communication stream waits for it.
+    Peer(&'h Together),
 }
 
 struct Layers(Vec<Parameter>);
@@ -57,7 +73,7 @@ impl Module for Layers {
     }
 }
 
-/// A rank in training: its gradients are where a trainer would have left them.
+/// A rank in training: its gradients are where a trainer would have left them; the first one's are elements of the batch.
 struct Trainer<S: Strategy> {
     strategy: S,
     model: Layers,
@@ -95,12 +111,14 @@ impl<S: Strategy> Trainer<S> {
     fn step(&mut self, batch: Tensor) -> NormHandle {
         let Trainer { strategy, model, optimizer, sources, captured, clip, compute } = self;
         let batch = strategy.batch_to_device(batch).unwrap();
-        assert!(batch.device_view().is_some());
+        let first = batch.device_view().unwrap().slice(0, sources[0].gradient.len_elems()).unwrap();
         if let Some(captured) = captured {
+            sources[0].gradient.copy_from(&first, compute.as_ref().unwrap()).unwrap();
             return strategy.replay_step(captured, optimizer).unwrap();
         }
         let body = &mut |sink: &mut GradSink<'_>| {
-            *compute = sink.device_stream();
+            let compute = compute.insert(sink.device_stream().unwrap());
+            sources[0].gradient.copy_from(&first, compute)?;
             sources.iter().rev().try_for_each(|s| sink.write_device(&s.parameter, &s.gradient, None))
         };
         {
@@ -118,11 +136,7 @@ impl<S: Strategy> Trainer<S> {
     /// Steps in their steady state; what the driver was asked for meanwhile, and how often the heap. The caller reads a number
     /// behind each step: so the device is never further behind than in training that logs one.
     fn steady(&mut self, barrier: &Together) -> (BTreeSet<String>, usize) {
-        let mut batches: Vec<Tensor> = (0..WARM_UP + STEPS).map(batch).collect();
-        for batch in batches.split_off(STEPS) {
-            self.step(batch).get(PATIENCE).unwrap();
-        }
-        self.strategy.synchronize().unwrap();
+        let batches: Vec<Tensor> = (0..STEPS).map(batch).collect();
         barrier.wait();
         let calls_before = calls().len();
         if barrier.wait() {
@@ -141,23 +155,55 @@ impl<S: Strategy> Trainer<S> {
         (calls, counting::allocations())
     }
 
-    /// Whole steps on a device that does not get on: every call returns all the same.
-    fn run_ahead(&mut self) {
+    /// Whole steps while `held` does not get on: every call returns all the same. Their norms.
+    fn run_ahead(&mut self, held: &Held<'_>) -> Vec<u64> {
         let compute = self.compute.clone().unwrap();
         let kernels = Kernels::load(compute.device()).unwrap();
         let area = Pinned::zeroed(compute.device(), 24).unwrap();
+        let hold = Hold::new(compute.device());
         let event = Event::new(compute.device()).unwrap();
         let batches: Vec<Tensor> = (0..AHEAD).map(batch).collect();
-        linger::linger(&kernels, &compute, area.address(), PATIENCE);
-        compute.record(&event).unwrap();
+        let is_behind = matches!(held, Held::Peer(_)) && self.strategy.rank() != 0;
+        match held {
+            Held::Compute => linger(&kernels, &compute, area.address(), PATIENCE),
+            Held::All(Streams { compute, copies, communication }) => {
+                [compute, copies, communication].into_iter().for_each(|stream| hold.stop(*stream));
+            }
+            Held::Peer(barrier) if is_behind => drop(barrier.wait()),
+            Held::Peer(_) => {}
+        }
         let norms: Vec<NormHandle> = batches.into_iter().map(|batch| self.step(batch)).collect();
-        assert!(!event.is_complete(), "a step has waited for the device");
-        // Who reads a number waits for it.
-        let early = norms[0].get(Duration::from_millis(50));
-        assert!(matches!(early, Err(Error::TimedOut { .. })), "{early:?}");
-        linger::release(&area);
-        assert!(norms[AHEAD - 1].get(PATIENCE).unwrap() > 0.0);
+        compute.record(&event).unwrap();
+        if !is_behind {
+            // Who reads a number waits for it.
+            let early = norms[0].get(Duration::from_millis(50));
+            assert!(matches!(early, Err(Error::TimedOut { .. })), "{early:?}");
+            assert!(!event.is_complete(), "a step has waited for the device");
+        }
+        match held {
+            Held::Compute => release(&area),
+            Held::All(_) => hold.let_go(),
+            Held::Peer(barrier) if !is_behind => drop(barrier.wait()),
+            Held::Peer(_) => {}
+        }
+        let norms = norms.iter().map(|norm| norm.get(PATIENCE).unwrap().to_bits()).collect();
         self.strategy.synchronize().unwrap();
+        norms
+    }
+
+    /// The same steps on a device that gets on. Their norms.
+    fn run_beside(&mut self) -> Vec<u64> {
+        (0..AHEAD).map(|number| self.step(batch(number)).get(PATIENCE).unwrap().to_bits()).collect()
+    }
+
+    /// All weights, as bits.
+    fn weights(&self) -> Vec<u32> {
+        let widened = |parameter: &Parameter| {
+            let mut values = vec![f32::NAN; parameter.len_elems()];
+            parameter.read().unwrap().copy_to_f32(&mut values).unwrap();
+            values
+        };
+        self.model.0.iter().flat_map(widened).map(f32::to_bits).collect()
     }
 }
 
@@ -167,16 +213,39 @@ fn calls() -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-fn check<S: Strategy>(strategy: S, is_captured: bool, barrier: &Together, what: &str) {
+/// Norms of steps that are made one after another, or as one of two things is `held` and then the other; and the weights then.
+fn train<S: Strategy>(
+    strategy: S,
+    is_captured: bool,
+    held: Option<[Held<'_>; 2]>,
+    barrier: &Together,
+    what: &str,
+) -> ([Vec<u64>; 2], Vec<u32>) {
     let mut trainer = Trainer::new(strategy, is_captured);
+    // The host is as far ahead here as it will ever be: more is in use at a time than in the steady state.
+    for _ in 0..2 {
+        if held.is_some() {
+            trainer.run_ahead(&Held::Compute)
+        } else {
+            trainer.run_beside()
+        };
+    }
     let (calls, allocations) = trainer.steady(barrier);
-    let others: Vec<&String> = calls.iter().filter(|call| !ALLOWED.contains(&call.as_str())).collect();
-    assert!(others.is_empty(), "{what}: the driver was also asked for {others:?}");
-    assert!(calls.contains(if is_captured { "cuGraphLaunch" } else { "cuLaunchKernel" }), "{what}: {calls:?}");
-    assert_eq!(allocations, 0, "{what}: allocations on the heap, the largest of {} bytes", counting::largest_bytes());
-    trainer.run_ahead();
+    let norms = match held {
+        Some(held) => {
+            let others: Vec<&String> = calls.iter().filter(|call| !ALLOWED.contains(&call.as_str())).collect();
+            assert!(others.is_empty(), "{what}: the driver was also asked for {others:?}");
+            assert!(calls.contains(if is_captured { "cuGraphLaunch" } else { "cuLaunchKernel" }), "{what}: {calls:?}");
+            let largest_bytes = counting::largest_bytes();
+            assert_eq!(allocations, 0, "{what}: allocations on the heap, the largest of {largest_bytes} bytes");
+            held.map(|held| trainer.run_ahead(&held))
+        }
+        None => [(); 2].map(|()| trainer.run_beside()),
+    };
+    let weights = trainer.weights();
     barrier.wait();
     trainer.strategy.teardown(PATIENCE).unwrap();
+    (norms, weights)
 }
 
 fn options(rank: u32, precision: Precision) -> StrategyOptions {
@@ -195,15 +264,24 @@ fn on_devices(test: &str, is_captured: bool) {
     let variables = [("ANNULUS_VGPU_DEVICES", "2"), ("ANNULUS_VGPU_CALLS", file.to_str().unwrap())];
     on_virtual_gpu(test, &variables, || {
         for precision in [Precision::F32True, Precision::F16Mixed] {
-            let single = SingleDevice::setup_environment(Environment::single(), options(0, precision)).unwrap();
-            check(single, is_captured, &Together::new(1), &format!("{precision}, one device"));
-            let barrier = Together::new(2);
-            launch::threads(2, |environment| {
-                let options = options(environment.rank, precision);
-                let ddp = Ddp::setup_environment(environment, options).unwrap();
-                check(ddp, is_captured, &barrier, &format!("{precision}, two ranks"));
-            })
-            .unwrap();
+            let of_one = |is_held: bool| {
+                let (streams, barrier) = (Streams::of_the_next_strategy(), Together::new(1));
+                let single = SingleDevice::setup_environment(Environment::single(), options(0, precision)).unwrap();
+                let held = is_held.then_some([Held::Compute, Held::All(&streams)]);
+                train(single, is_captured, held, &barrier, &format!("{precision}, one device"))
+            };
+            assert_eq!(of_one(true), of_one(false), "{precision}: steps that were held and steps that were not");
+            let of_two = |is_held: bool| {
+                let barrier = Together::new(2);
+                let ranks = launch::threads(2, |environment| {
+                    let options = options(environment.rank, precision);
+                    let ddp = Ddp::setup_environment(environment, options).unwrap();
+                    let held = is_held.then_some([Held::Compute, Held::Peer(&barrier)]);
+                    train(ddp, is_captured, held, &barrier, &format!("{precision}, two ranks"))
+                });
+                ranks.unwrap()
+            };
+            assert_eq!(of_two(true), of_two(false), "{precision}: ranks that were held and ranks that were not");
         }
     });
 }
