@@ -142,6 +142,36 @@ fn a_wait_is_for_the_recording_at_its_time() {
     });
 }
 
+/// Also if the event is recorded anew on a stream that gets there first.
+#[test]
+fn a_wait_is_not_for_a_later_recording_on_another_stream() {
+    let test = "a_wait_is_not_for_a_later_recording_on_another_stream";
+    check(test, &["triple", "add"], &["waited before"], |case| {
+        context();
+        let (small, word, gate, event) = (Small::load(), alloc(4), alloc(4), new_event());
+        let [first, second, third] = [(); 3].map(|()| new_stream());
+        write(word, &[5]);
+        write(gate, &[0]);
+        // SAFETY: all live.
+        unsafe {
+            sys::cuStreamWaitValue32_v2(first, gate, 1, 0).result().unwrap();
+            small.triple(word, first);
+            record(event, first).unwrap();
+            if case == "waited before" {
+                wait_event(second, event, EAGER).unwrap();
+            }
+            record(event, third).unwrap();
+            wait_event(second, event, EAGER).unwrap();
+            small.add(word, second);
+            synchronize(third).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(100)); // time for what must not happen
+            sys::cuStreamWriteValue32_v2(third, gate, 1, 0).result().unwrap();
+        }
+        ctx::synchronize().unwrap();
+        assert_eq!(read(word, 1), [16]);
+    });
+}
+
 #[test]
 fn the_host_copies_behind_what_it_has_waited_for() {
     let told = ["a copy reads", "triple writes"];
