@@ -14,8 +14,9 @@ use crate::telemetry::nvtx;
 ///
 /// # Synchronization
 /// Tensors are copied by way of pinned memory on a stream of their own; what is enqueued on the strategy's compute stream
-/// after the call runs behind the copy. The host waits for neither. Memory of tensors that were dropped is written anew behind
-/// what the compute stream was given before: who reads a tensor on another stream has the compute stream wait for that.
+/// after the call runs behind the copy. The host waits for neither, unless eight copies are under way: then until the first has
+/// run. Memory of tensors that were dropped is written anew behind what the compute stream was given before: who reads a tensor
+/// on another stream has the compute stream wait for that.
 #[derive(Clone)]
 pub struct BatchMover(Arc<Mover>);
 

@@ -70,7 +70,8 @@ impl Replica {
         let (Some(device), OptimizerMemory::Device(on)) = (&mut self.device, &optimizer.core.memory) else {
             return Err(on_host());
         };
-        *lock(&slot.device) = Some(device.replay(on, learning_rate, step)?);
+        let replayed = device.replay(on, learning_rate, step);
+        *lock(&slot.device) = Some(replayed.map_err(|error| self.fail_together("a captured step", error))?);
         self.follow_policy(optimizer, &slot, step.clip.nonfinite)?;
         Ok(NormHandle::new(Arc::clone(&slot)))
     }

@@ -47,6 +47,16 @@ impl Replica {
         Ok(NoSyncGuard { guards })
     }
 
+    /// Ends the job with an error of this rank's `part` of a step: the other ranks wait for reductions that this one will not
+    /// start.
+    pub(super) fn fail_together(&self, part: &str, error: Error) -> Error {
+        if self.world.world_size() > 1 {
+            self.world.raise(Error::RankFailed { rank: self.world.rank(), reason: format!("in {part}: {error}") });
+            self.gate.fail(error.clone());
+        }
+        error
+    }
+
     /// Reports the error of a norm that was to be reported by the next call.
     pub(super) fn report_deferred(&mut self) -> Result<()> {
         let Some(slot) = self.deferred.take() else { return Ok(()) };
@@ -71,10 +81,9 @@ impl Replica {
         let synchronize = !self.reduces || no_sync_guards.load(Ordering::Relaxed) == 0;
         let reduces = self.reduces && synchronize;
         let done = match &mut self.device {
-            Some(device) => {
-                let mut backward = device.begin_backward(number, gradients, reduces, synchronize, &self.gate)?;
-                body(&mut GradSink::new(&mut backward)).and_then(|()| backward.finish())
-            }
+            Some(device) => device
+                .begin_backward(number, gradients, reduces, synchronize, &self.gate)
+                .and_then(|mut backward| body(&mut GradSink::new(&mut backward)).and_then(|()| backward.finish())),
             None => {
                 if !gradients.has_any() {
                     gradients.loss_scale = match self.options.precision.scales_loss() {
@@ -102,13 +111,7 @@ impl Replica {
         if let Err(error) = done {
             let all = 0..gradients.parameters.len();
             gradients.discard(all);
-            if reduces && self.world.world_size() > 1 {
-                // The other ranks wait for reductions that this one will not start.
-                let reason = format!("in backward: {error}");
-                self.world.raise(Error::RankFailed { rank: self.world.rank(), reason });
-                self.gate.fail(error.clone());
-            }
-            return Err(error);
+            return Err(if reduces { self.fail_together("backward", error) } else { error });
         }
         gradients.unreduced = !synchronize;
         Counters::add(&self.counters.backwards, 1);

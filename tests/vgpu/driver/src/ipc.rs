@@ -85,6 +85,7 @@ pub(crate) fn open(handle: Handle, flags: u32) -> Result<u64> {
         return Ok(*address);
     }
     let path = format!("/proc/{process}/fd/{descriptor}");
+    // Stricter than CUDA, of which no document says what becomes of such a handle; so below.
     let Ok(memory) = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) else {
         return refuse(Status::INVALID_HANDLE, "the process that made an IPC handle has ended or freed the memory");
     };

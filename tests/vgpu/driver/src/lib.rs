@@ -31,6 +31,7 @@
 //! | `ANNULUS_VGPU_REFUSE` | a file: once it exists, it holds the name of a function and which call of it is refused | none |
 //! | `ANNULUS_VGPU_RACES` | of races between streams, kernels and copies: `end`: they are told, and the process is ended; `tell`; `ignore` | `end` |
 //! | `ANNULUS_VGPU_DROP_WAIT` | a file: once it exists, it holds the number of a device and which `cuStreamWaitEvent` of its streams is forgotten | none |
+//! | `ANNULUS_VGPU_ONE_AT_A_TIME` | `true`: kernels of different streams of a device do not run at the same time | `false` |
 //! | `ANNULUS_VGPU_TALLY` | a file that gets a line for each launch: kernel, instructions, bytes loaded, bytes stored, 32-byte transactions that load, that store | none |
 //!
 //! Limits: primary contexts only; no textures, managed memory or kernels from cubins; graphs come from stream capture, without

@@ -8,13 +8,15 @@ mod support;
 use std::time::{Duration, Instant};
 
 use annulus::strategy::{
-    Accelerator, Ddp, GradSink, Module, Optimizer, Parameter, Sgd, SingleDevice, Strategy, StrategyOptions,
+    Accelerator, Ddp, GradSink, Module, Optimizer, Parameter, Precision, Sgd, SingleDevice, Strategy, StrategyOptions,
 };
 use annulus::world::{Environment, launch};
 use annulus::{Error, Result};
 use model::{Loss, Mlp, TIMEOUT, ddp, everywhere, samples};
 use support::{Peer, as_peer, listen, on_virtual_gpu, say, without_driver};
 
+/// Set where the precision scales losses.
+const SCALES_LOSS: &str = "TEST_SCALES_LOSS";
 /// Longer than any rank needs to be told.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -217,7 +219,11 @@ fn ranks_that_lose_their_devices_are_told_by_the_next_step() {
 }
 
 fn ddp_of_this_process() -> Trainer {
-    let strategy = Ddp::setup_environment(Environment::detect().unwrap(), on(Accelerator::Cuda(None))).unwrap();
+    let mut options = on(Accelerator::Cuda(None));
+    if std::env::var_os(SCALES_LOSS).is_some() {
+        options.precision = Precision::F16Mixed;
+    }
+    let strategy = Ddp::setup_environment(Environment::detect().unwrap(), options).unwrap();
     Trainer::after_one_step(Box::new(strategy))
 }
 
@@ -234,8 +240,7 @@ fn process_that_loses_its_device() {
     });
 }
 
-#[test]
-fn a_process_whose_peer_loses_its_device_is_told_so() {
+fn is_told_of_a_peers_device(test: &str, more: &[(&str, &str)]) {
     let folder = tempfile::tempdir().unwrap();
     let theirs = folder.path().join("theirs");
     let variables = [
@@ -246,7 +251,7 @@ fn a_process_whose_peer_loses_its_device_is_told_so() {
         ("TMPDIR", folder.path().to_str().unwrap()),
         ("TEST_THEIRS", theirs.to_str().unwrap()),
     ];
-    where_devices_get_lost("a_process_whose_peer_loses_its_device_is_told_so", &variables, || {
+    where_devices_get_lost(test, &[&variables, more].concat(), || {
         let theirs = std::env::var("TEST_THEIRS").unwrap();
         let variables = [("RANK", "1"), ("ANNULUS_VGPU_LOST", theirs.as_str())];
         let mut peer = Peer::start("process_that_loses_its_device", &variables);
@@ -257,4 +262,16 @@ fn a_process_whose_peer_loses_its_device_is_told_so() {
         assert!(is_failure_of(1, &error) && error.to_string().contains("lost"), "{error:?}");
         peer.finish();
     });
+}
+
+#[test]
+fn a_process_whose_peer_loses_its_device_is_told_so() {
+    is_told_of_a_peers_device("a_process_whose_peer_loses_its_device_is_told_so", &[]);
+}
+
+/// Then the first that a backward does is to copy the loss scale, which fails before any gradient has come.
+#[test]
+fn a_process_whose_peer_loses_its_device_is_told_so_where_losses_are_scaled() {
+    let test = "a_process_whose_peer_loses_its_device_is_told_so_where_losses_are_scaled";
+    is_told_of_a_peers_device(test, &[(SCALES_LOSS, "1")]);
 }

@@ -238,7 +238,7 @@ fn a_stream_that_hangs_is_waited_for_by_one_of_its_communicators() {
             drop(first);
             let fault = rank.world.fault();
             let told =
-                fault.as_ref().is_some_and(|fault| fault.to_string().contains("stream test: its work did not end"));
+                fault.as_ref().is_some_and(|fault| fault.to_string().contains("the work of stream test did not end"));
             assert!(told, "{fault:?}");
             let start = Instant::now();
             drop(second);
