@@ -124,7 +124,7 @@ impl Communicator {
         members.sort_unstable();
         let members: Vec<u32> = members.into_iter().map(|(_, rank)| rank).collect();
         // The first member claims an area and tells the others which, or that there is none.
-        let claimed = (members.first() == Some(&self.rank())).then(|| membership::claim_with_memory(&self.group.world));
+        let claimed = (members.first() == Some(&self.rank())).then(|| membership::claim_and_reserve(&self.group.world));
         let index = claimed.as_ref().and_then(|claimed| claimed.as_ref().ok().copied());
         let indices = self.gather(index.map_or(-1, i64::from))?;
         let index = members.first().and_then(|first| u32::try_from(indices[*first as usize]).ok());

@@ -8,7 +8,7 @@ use crate::world::{MAX_GROUPS, Region, World};
 /// A group area for all ranks of `world`, with its memory, on every rank or on none. Collective.
 pub(super) fn claim(world: &World) -> Result<(u32, Region)> {
     let timeout = world.options().timeout;
-    let claimed = (world.rank() == 0).then(|| claim_with_memory(world));
+    let claimed = (world.rank() == 0).then(|| claim_and_reserve(world));
     let told = claimed.as_ref().map(|claimed| claimed.as_ref().ok().copied());
     let Some(group) = world.broadcast_value::<Option<u32>>(0, told, timeout)? else {
         return Err(claimed.and_then(Result::err).unwrap_or_else(none_left));
@@ -30,17 +30,12 @@ pub(super) fn claim(world: &World) -> Result<(u32, Region)> {
     }
 }
 
-/// An area with its memory, before anybody else hears of it: ranks that reserve one area at once would each count what the
-/// others have reserved as missing.
-pub(super) fn claim_with_memory(world: &World) -> Result<u32> {
+/// A group whose area has its memory before anybody else hears of it: ranks that reserve one area at once would each count what
+/// the others have reserved as missing. Where there is not enough, this rank is told when it asks for the area, as the others.
+pub(super) fn claim_and_reserve(world: &World) -> Result<u32> {
     let group = world.claim_group()?;
-    match world.group_area(group) {
-        Ok(_) => Ok(group),
-        Err(error) => {
-            world.release_group(group)?; // nobody has used it
-            Err(error)
-        }
-    }
+    let _ = world.group_area(group);
+    Ok(group)
 }
 
 /// Why a rank gets no area that was not asked for one itself.

@@ -166,8 +166,9 @@ impl Drop for Listening {
             let lock = folder.lock();
             // Without the lock too: the name is ours.
             folder.remove(name);
-            folder.remove_if_empty();
-            drop(lock);
+            if lock.is_ok() {
+                folder.remove_if_empty();
+            }
         }
     }
 }

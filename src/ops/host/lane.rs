@@ -53,11 +53,13 @@ impl Lane for f16 {
     fn widen(self) -> f32 {
         let bits = u32::from(self.to_bits());
         let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
-        // The product gives all exponents the difference of the biases, and normalises what is subnormal; it is exact.
-        let rebiased = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 127 - 15) << 23);
-        // Infinity and NaN have exponent 31, which must become 255.
-        let special = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
-        f32::from_bits(sign | rebiased.to_bits() | special)
+        // Exponent 31 (infinity, NaN) must become 255, all others gain the difference of the biases.
+        let rebias = if magnitude >= 0x7c00 { (255 - 31) << 23 } else { (127 - 15) << 23 };
+        let normal = (magnitude << 13) + rebias;
+        // Subnormals are multiples of 2^-24. No operand is a subnormal f32: some processors take a hundred cycles for one, and
+        // a library in the process may have told them to take it for 0.
+        let subnormal = (magnitude as i32 as f32 * f32::from_bits((127 - 24) << 23)).to_bits();
+        f32::from_bits(sign | if magnitude < 0x0400 { subnormal } else { normal })
     }
     #[inline(always)]
     fn narrow(value: f32) -> f16 {

@@ -89,9 +89,10 @@ impl DeviceBackend {
         synchronize: bool,
         gate: &'r Gate,
     ) -> Result<DeviceBackward<'r>> {
-        if std::mem::replace(&mut gradients.unjoined, false) {
+        if gradients.unjoined {
             // What is accumulated now is added to what those reductions leave behind.
             self.join()?;
+            gradients.unjoined = false;
         }
         if !gradients.has_any()
             && let Some(scaler) = &self.scaler

@@ -67,17 +67,20 @@ impl Replica {
     /// Orders the compute stream behind the reductions of a module.
     pub(super) fn join(&mut self, module: usize) -> Result<()> {
         let gradients = &mut self.modules[module].gradients;
-        if !std::mem::replace(&mut gradients.unjoined, false) {
+        if !gradients.unjoined {
             return Ok(());
         }
         if let Some(device) = &self.device {
-            return device.join();
+            device.join()?;
+            gradients.unjoined = false; // not before: what failed is done again by the next call
+            return Ok(());
         }
         let counters = Arc::clone(&self.counters);
         self.compute.enqueue(move || counters.wait_start_ns.store(now_ns(), Ordering::Relaxed))?;
         for bucket in gradients.host_buckets() {
             bucket.join(&self.compute)?;
         }
+        gradients.unjoined = false;
         let counters = Arc::clone(&self.counters);
         let (timeline, track, index) = (self.options.timeline.clone(), self.track, self.backwards);
         self.compute.enqueue(move || {

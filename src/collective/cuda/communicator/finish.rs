@@ -16,9 +16,10 @@ use crate::error::{Error, Result};
 /// What to make of the finished sums of one's own shard.
 #[derive(Debug, Clone, Default)]
 pub struct Finish {
-    /// `[shard]` f32, f16 or bf16: the sums, rounded once to that type.
+    /// `[shard]` f32, f16 or bf16, of f64 sums f32 only: the sums, rounded once to that type. Apart from source and result.
     pub cast: Option<View>,
-    /// `[1]` f64: the sum of their squares, in f64, in an order that depends on the shard's length alone.
+    /// `[1]` f64: the sum of their squares, in f64. The same bits for the same call on views that begin alike behind 16 bytes;
+    /// another alignment, world or communicator may add in another order.
     pub sum_squares: Option<View>,
     /// `[1]` i32: becomes 1 if one of them is infinite or NaN, else it stays as it is.
     pub found_nonfinite: Option<View>,
@@ -41,7 +42,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`reduce_scatter`](Communicator::reduce_scatter); [`Error::Unsupported`] for integers and for a copy in another type;
-    /// [`Error::InvalidArgument`] where ranks share devices.
+    /// [`Error::InvalidArgument`] where ranks share devices, and for a copy that overlaps source or result.
     pub fn reduce_scatter_finish(
         &mut self,
         src: &View,
@@ -50,7 +51,7 @@ impl Communicator {
         finish: &Finish,
         stream: &Stream,
     ) -> Result<()> {
-        let finishing = self.finishing(dst, finish)?;
+        let finishing = self.finishing([src, dst], finish)?;
         let all_elems = all_shards(dst.len_elems(), self.world_size())?;
         check_extent("reduce_scatter_finish: src", extent(src), (dst.dtype(), all_elems))?;
         let call = self.call(Kind::ReduceScatter, src.dtype(), src.len_elems(), op, 0)?;
@@ -63,7 +64,7 @@ impl Communicator {
         self.issue(call, [src, dst], finishing, stream)
     }
 
-    fn finishing(&self, dst: &View, finish: &Finish) -> Result<Finishing> {
+    fn finishing(&self, [src, dst]: [&View; 2], finish: &Finish) -> Result<Finishing> {
         let float = [DType::F32, DType::F16, DType::BF16, DType::F64].contains(&dst.dtype());
         if !float {
             return Err(Error::Unsupported { op: "reduce_scatter_finish".to_owned(), dtype: dst.dtype() });
@@ -77,10 +78,21 @@ impl Communicator {
         }
         let mut finishing = Finishing::default();
         if let Some(cast) = &finish.cast {
-            if ![DType::F32, DType::F16, DType::BF16].contains(&cast.dtype()) {
+            let accepted: &[DType] = match dst.dtype() {
+                DType::F64 => &[DType::F32], // two roundings would not be one
+                _ => &[DType::F32, DType::F16, DType::BF16],
+            };
+            if !accepted.contains(&cast.dtype()) {
                 return Err(Error::Unsupported { op: "reduce_scatter_finish: cast".to_owned(), dtype: cast.dtype() });
             }
             check_extent("reduce_scatter_finish: cast", extent(cast), (cast.dtype(), dst.len_elems()))?;
+            if overlap(cast, src) || overlap(cast, dst) {
+                return Err(Error::InvalidArgument {
+                    argument: "reduce_scatter_finish: cast",
+                    value: "memory of the source or the result".to_owned(),
+                    accepted: "must be apart from both",
+                });
+            }
             // The lengths fit an address, so this does; it is only ever added to.
             let before_bytes = u64::from(self.rank()).wrapping_mul(cast.len_bytes() as u64);
             finishing.cast_output = cast.address().wrapping_sub(before_bytes);
@@ -97,4 +109,9 @@ impl Communicator {
         }
         Ok(finishing)
     }
+}
+
+fn overlap(one: &View, other: &View) -> bool {
+    let end = |view: &View| view.address() + view.len_bytes() as u64;
+    one.address() < end(other) && other.address() < end(one)
 }

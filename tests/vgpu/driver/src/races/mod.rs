@@ -27,6 +27,9 @@
 //! - How the host's threads tell each other what they have waited for. So they count as one.
 //! - What other processes do. An edge that leads through one is missed, so a program whose streams are ordered by that alone
 //!   would be accused; a race with one is not seen.
+//! - What a query that was answered with yes has put in an order: the library asks for timers' events by itself, so whether it
+//!   heard of an end in time may depend on the machine's load.
+//! - What is long past is not forgotten: clocks and spans grow with streams, graphs and allocations made. For tests.
 //! - Fences: a relaxed store behind one releases nothing here. Between kernels annulus has none of these.
 
 mod clock;

@@ -50,9 +50,13 @@ impl Span {
     }
 
     /// Notes an access. An earlier one that it is ordered behind need not be remembered: whoever is ordered behind this one is
-    /// behind that one, too. A weak one is remembered if this one is strong, because a strong one may come beside it.
+    /// behind that one, too. Not if a strong one may come beside this one, that is strong enough for it and not for the other.
     fn add(&mut self, new: &Past, writes: bool, clock: &Clock) {
-        let is_covered = |old: &Past| old.is_known(clock) && (new.reach == Reach::Nobody || old.reach != Reach::Nobody);
+        let is_wide = |old: &Past| match old.reach {
+            Reach::System => true,
+            reach => reach >= new.reach && old.item.device == new.item.device,
+        };
+        let is_covered = |old: &Past| old.is_known(clock) && (new.reach == Reach::Nobody || is_wide(old));
         self.reads.retain(|old| !is_covered(old));
         if writes {
             self.writes.retain(|old| !is_covered(old));
