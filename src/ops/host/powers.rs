@@ -15,6 +15,7 @@ pub(crate) fn power(x: f64, p: f64) -> f64 {
 
 /// Exponents whose powers are products in f64: those of every f32 fit it, the least denormal's (2^-149)^6 as well as the sixth
 /// power of 2^128 summed over a chunk.
+#[cfg(all(feature = "cuda", not(loom)))]
 pub(crate) fn is_product(p: f64) -> bool {
     [3.0, 4.0, 5.0, 6.0].contains(&p)
 }

@@ -162,7 +162,7 @@ impl Term32 for Square {
     }
 }
 
-/// `|x|^P` for the exponents of [`is_product`](super::powers::is_product).
+/// `|x|^P`, whose powers of every f32 fit f64: the exponents 3, 4, 5 and 6.
 #[derive(Clone, Copy)]
 struct Product<const P: u32>;
 
