@@ -8,7 +8,7 @@
 //! ```
 //! Launches on different streams run on their streams' threads at the same time, and those of other processes in theirs: a
 //! kernel that spins does not keep others from running. Memory is sequentially consistent between them. What streams of this
-//! process do to the same memory with nothing to order it ends the process ([`races`]), however it came out; races between
+//! process do to the same memory with nothing to order it ends the process (`races`), however it came out; races between
 //! threads of a launch are the interpreter's to find, when it runs one alone (`annulus_vgpu::run`).
 //!
 //! It is strict where CUDA is: what the driver API's documentation (CUDA Driver API Reference Manual 12.2, chapter 6;
