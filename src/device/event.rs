@@ -124,7 +124,9 @@ impl Event {
             if waited < timeout {
                 return Ok(());
             }
-            Err(Error::timed_out(format_args!("the work before an event"), timeout))
+            // Written out: the model checker builds this file outside of the crate.
+            let waited_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            Err(Error::TimedOut { what: "the work before an event".to_owned(), waited_ms })
         })?;
         self.check(generation)
     }
