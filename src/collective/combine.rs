@@ -147,31 +147,33 @@ unsafe fn blocks<T: Lane, const LEVEL: u8>(
     after: impl Fn(T::Acc) -> T::Acc,
 ) {
     let Some((first, others)) = terms.split_first() else { return };
-    let mut at = 0;
-    while at < len_elems {
-        let valid = (len_elems - at).min(WIDTH);
-        // SAFETY: `at + valid <= len_elems` elements are inside every term and destination; a destination that is also a
-        // term is written after every term of the block was read.
-        unsafe {
-            let mut acc = T::widen::<LEVEL>(&load(first.cast::<T>().add(at), valid));
-            for acc in &mut acc {
-                *acc = before(*acc);
-            }
-            for term in others {
-                let term = T::widen::<LEVEL>(&load(term.cast::<T>().add(at), valid));
-                for (acc, term) in acc.iter_mut().zip(term) {
-                    *acc = fold(*acc, before(term));
-                }
-            }
-            for acc in &mut acc {
-                *acc = after(*acc);
-            }
-            let result = T::narrow::<LEVEL>(&acc);
-            for dest in dests {
-                store(dest.cast::<T>().add(at), &result, valid);
+    // SAFETY: `at + valid <= len_elems` elements are inside every term and destination; a destination that is also a term is
+    // written after every term of the block was read.
+    let block = |at: usize, valid: usize| unsafe {
+        let mut acc = T::widen::<LEVEL>(&load(first.cast::<T>().add(at), valid));
+        for acc in &mut acc {
+            *acc = before(*acc);
+        }
+        for term in others {
+            let term = T::widen::<LEVEL>(&load(term.cast::<T>().add(at), valid));
+            for (acc, term) in acc.iter_mut().zip(term) {
+                *acc = fold(*acc, before(term));
             }
         }
-        at += WIDTH;
+        for acc in &mut acc {
+            *acc = after(*acc);
+        }
+        let result = T::narrow::<LEVEL>(&acc);
+        for dest in dests {
+            store(dest.cast::<T>().add(at), &result, valid);
+        }
+    };
+    let whole = len_elems / WIDTH * WIDTH;
+    for at in (0..whole).step_by(WIDTH) {
+        block(at, WIDTH);
+    }
+    if whole < len_elems {
+        block(whole, len_elems - whole);
     }
 }
 

@@ -74,7 +74,7 @@ fn pack<const FORMAT: u8>(wide: Wide) -> __m512i {
         let upper = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide[1]);
         return _mm512_inserti64x4::<1>(_mm512_castsi256_si512(lower), upper);
     }
-    if FORMAT == BF16_NATIVE && !is_special(wide[0]) && !is_special(wide[1]) {
+    if FORMAT == BF16_NATIVE && !has_special(wide) {
         return interleave(native_bf16(wide[1], wide[0]));
     }
     let (even, odd) = (round_to_bf16(wide[0]), round_to_bf16(wide[1]));
@@ -84,11 +84,13 @@ fn pack<const FORMAT: u8>(wide: Wide) -> __m512i {
 /// Whether a lane is a NaN or subnormal, of which the instruction keeps the payload or makes zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 #[inline]
-fn is_special(wide: __m512) -> bool {
+fn has_special(wide: Wide) -> bool {
     const QUIET_NAN: i32 = 0x01;
     const SUBNORMAL: i32 = 0x20;
     const SIGNALLING_NAN: i32 = 0x80;
-    _mm512_fpclass_ps_mask::<{ QUIET_NAN | SUBNORMAL | SIGNALLING_NAN }>(wide) != 0
+    const SPECIAL: i32 = QUIET_NAN | SUBNORMAL | SIGNALLING_NAN;
+    // One branch for both.
+    _mm512_fpclass_ps_mask::<SPECIAL>(wide[0]) | _mm512_fpclass_ps_mask::<SPECIAL>(wide[1]) != 0
 }
 
 /// 16 words of `lower`, then 16 of `upper`. Only on processors with AVX-512 BF16. By name, because a function with that
