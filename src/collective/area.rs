@@ -79,16 +79,15 @@ const _: () = assert!(size_of::<Area>() <= GROUP_AREA_BYTES);
 #[repr(C, align(4096))]
 pub(super) struct Staging<const HALF_BYTES: usize>(UnsafeCell<[[u8; HALF_BYTES]; 2]>);
 
-/// What is shorter stays at the first place of its half: there are too few lines to gain anything, and a page more to find. What is
-/// longer, too: it leaves those caches by itself.
-const ROTATED_BYTES: std::ops::RangeInclusive<usize> = 8 << 10..=256 << 10;
+/// What is shorter stays at the first place of its half: there are too few lines to gain anything, and a page more to find.
+const ROTATED_FROM_BYTES: usize = 8 << 10;
 
 impl<const HALF_BYTES: usize> Staging<HALF_BYTES> {
     /// Where the `len_bytes` of `turn` are, at most `HALF_BYTES`; on a cache line. The same for all who call it with the same.
     pub(super) fn place(&self, turn: u32, len_bytes: usize) -> *mut u8 {
         debug_assert!(len_bytes <= HALF_BYTES);
         let half = self.0.get().cast::<u8>().wrapping_add(turn as usize % 2 * HALF_BYTES);
-        if !ROTATED_BYTES.contains(&len_bytes) {
+        if len_bytes < ROTATED_FROM_BYTES {
             return half;
         }
         let stride = len_bytes.next_multiple_of(64);

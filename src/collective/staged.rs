@@ -18,8 +18,8 @@ use crate::error::Result;
 use crate::schedule::{Action, Phase, Schedule, Span, Step};
 use crate::world::flag::Flag;
 
-/// Bytes of terms per round and rank. Measured from 32 KiB to 1 MiB with 2 ranks and buffers of 1 to 256 MiB: smaller
-/// rounds pay for their meetings, larger ones leave the second-level cache (1 MiB here).
+/// Bytes of a vector per round. Measured from 32 KiB to 1 MiB with 2 to 8 ranks and buffers of 1 to 64 MiB: smaller rounds pay
+/// for their meetings, larger ones leave the second-level cache (1 MiB here).
 const ROUND_BYTES: usize = 512 << 10;
 
 struct Staged<'a> {
@@ -108,9 +108,9 @@ impl Staged<'_> {
                 self.wait_all(|area| &area.reduced, generation.wrapping_sub(2), "staging: terms taken")?;
                 credited = true;
             }
-            let slot = run.at(self.terms(mine, generation), send.chunk as usize * self.slot_elems);
+            let slot = run.at(self.terms(mine, generation), self.place_of(run.group.rank, send.chunk));
             // SAFETY: everybody has read the terms of two rounds ago; owner `chunk` has its own place in the slot, which
-            // holds `world_size` chunks.
+            // holds the chunks of all but the sender.
             unsafe { run.hand_over(run.at(run.job.src.ptr, send.span.offset_elems), slot, send.span.len_elems) };
         }
         mine.sent.post(generation);
@@ -140,7 +140,7 @@ impl Staged<'_> {
                 let mut terms = PerRank::new(own, run.group.world_size());
                 for peer in run.group.peers() {
                     let slot = self.terms(self.area(peer), generation);
-                    terms.set(peer, run.at(slot, run.group.rank as usize * self.slot_elems).cast_const());
+                    terms.set(peer, run.at(slot, self.place_of(peer, run.group.rank)).cast_const());
                 }
                 if kind == Kind::AllReduce {
                     let (dst, element_bytes) = (run.at(job.dst.ptr, chunk.offset_elems), run.dtype.size_bytes());
@@ -182,10 +182,16 @@ impl Staged<'_> {
         self.schedule.steps(self.run.group.rank, round).filter(move |step| step.phase == phase)
     }
 
+    /// Where in the terms of `sender` those of `owner` begin: the sender's own have no place.
+    fn place_of(&self, sender: u32, owner: u32) -> usize {
+        let world_size = self.run.group.world_size();
+        ((owner + world_size - sender - 1) % world_size) as usize * self.slot_elems
+    }
+
     /// Where `area`'s rank has its terms of a round, [`slot_elems`](Staged::slot_elems) for each owner.
     fn terms(&self, area: &Area, generation: u32) -> *mut u8 {
         let slot_bytes = self.slot_elems * self.run.dtype.size_bytes();
-        area.terms.place(generation, slot_bytes * self.run.group.world_size() as usize)
+        area.terms.place(generation, slot_bytes * (self.run.group.world_size() as usize - 1))
     }
 
     /// Where `area`'s rank has its finished chunk of a round.
