@@ -120,6 +120,12 @@ const CASES: &[Case] = &[
         floor: |t| read::<f32>(&t.gradient),
     },
     Case {
+        name: "norm_l1_f32",
+        bytes_per_elem: 4,
+        run: |t| norm(t, NormType::L1),
+        floor: |t| read::<f32>(&t.gradient),
+    },
+    Case {
         name: "norm_inf_f32",
         bytes_per_elem: 4,
         run: |t| norm(t, NormType::Inf),
@@ -144,6 +150,14 @@ const CASES: &[Case] = &[
             black_box(grad_norm(&[Slice::BF16(&t.model)], NormType::L2, &mut t.slots).unwrap());
         },
         floor: |t| read::<bf16>(&t.model),
+    },
+    Case {
+        name: "norm_l2_f16",
+        bytes_per_elem: 2,
+        run: |t| {
+            black_box(grad_norm(&[Slice::F16(&t.half)], NormType::L2, &mut t.slots).unwrap());
+        },
+        floor: |t| read::<f16>(&t.half),
     },
     Case {
         name: "cast_f32_bf16",
@@ -183,6 +197,12 @@ const CASES: &[Case] = &[
         bytes_per_elem: 8,
         run: |t| scale_in_place(SliceMut::F32(&mut t.gradient), SIGNAL.clip_coef),
         floor: |t| add_one(&mut t.gradient),
+    },
+    Case {
+        name: "clip_scale_f16",
+        bytes_per_elem: 4,
+        run: |t| scale_in_place(SliceMut::F16(&mut t.half), SIGNAL.clip_coef),
+        floor: |t| add_one(bytemuck::cast_slice_mut(&mut t.half)),
     },
     Case {
         name: "unscale_norm_f32",

@@ -38,15 +38,18 @@ def operations(len_elems, fds):
 
     return {
         "norm_l2_f32": lambda: torch._foreach_norm([gradient], 2),
+        "norm_l1_f32": lambda: torch._foreach_norm([gradient], 1),
         "norm_inf_f32": lambda: torch._foreach_norm([gradient], float("inf")),
         "norm_p3_f32": lambda: torch._foreach_norm([gradient], 3.0),
         "norm_p3.5_f32": lambda: torch._foreach_norm([gradient], 3.5),
         "norm_l2_bf16": lambda: torch._foreach_norm([model], 2),
+        "norm_l2_f16": lambda: torch._foreach_norm([half], 2),
         "cast_f32_bf16": lambda: model.copy_(gradient),
         "cast_bf16_f32": lambda: gradient.copy_(model),
         "cast_f32_f16": lambda: half.copy_(gradient),
         "cast_f16_f32": lambda: gradient.copy_(half),
         "clip_scale_f32": lambda: torch._foreach_mul_([gradient], coefficient),
+        "clip_scale_f16": lambda: torch._foreach_mul_([half], coefficient),
         "unscale_norm_f32": unscale_and_norm,
         "adamw_f32": adamw.step,
         "sgd_momentum_f32": sgd.step,

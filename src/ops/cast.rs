@@ -3,8 +3,8 @@
 use bytemuck::Zeroable;
 use half::{bf16, f16};
 
-use super::host::lane::Lane;
-use super::host::level::{Kernel, dispatch};
+use super::host::lane::{Lane, map};
+use super::host::level::{Kernel, Level, dispatch};
 use super::host::philox;
 use super::slice::{Slice, SliceMut};
 use crate::error::{Error, Result};
@@ -20,7 +20,8 @@ pub enum Saturate {
     Yes,
 }
 
-/// `dst = src` with one rounding: to nearest, ties to even. NaN stays NaN (quiet, same sign), also to the same type.
+/// `dst = src` with one rounding: to nearest, ties to even. NaN stays NaN of the same sign, and is quiet
+/// where the result is narrower.
 ///
 /// # Errors
 /// [`Error::LengthMismatch`]; nothing is written then.
@@ -95,15 +96,13 @@ impl<S: CastTo<D>, D: Copy + Zeroable, const SATURATE: bool> Kernel for CastLine
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         let Cast { src, dst } = self.0;
         let len = line_elems::<D>();
         for (src, dst) in src.chunks_exact(len).zip(dst.chunks_exact_mut(len)) {
             // As many as the narrowest type has.
             let mut line = [D::zeroed(); LINE_BYTES / 2];
-            for (to, from) in line[..len].iter_mut().zip(src) {
-                *to = from.cast::<SATURATE>();
-            }
+            S::cast_all::<SATURATE>(src, &mut line[..len], level);
             // SAFETY: a line each; that of `dst` lies on one, and `dst` is borrowed until the caller's fence is behind.
             unsafe { streamed::store_line(line.as_ptr().cast(), dst.as_mut_ptr().cast()) };
         }
@@ -119,21 +118,37 @@ impl<S: CastTo<D>, D, const SATURATE: bool> Kernel for Cast<'_, S, D, SATURATE> 
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        for (dst, src) in self.dst.iter_mut().zip(self.src) {
-            *dst = src.cast::<SATURATE>();
-        }
+    fn run(self, level: Level) {
+        S::cast_all::<SATURATE>(self.src, self.dst, level);
     }
 }
 
 trait CastTo<D>: Copy {
     fn cast<const SATURATE: bool>(self) -> D;
+
+    /// As many as the shorter one has.
+    #[inline(always)]
+    fn cast_all<const SATURATE: bool>(src: &[Self], dst: &mut [D], _level: Level) {
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = src.cast::<SATURATE>();
+        }
+    }
 }
 
 impl<S: Lane, D: Lane> CastTo<D> for S {
     #[inline(always)]
     fn cast<const SATURATE: bool>(self) -> D {
         if SATURATE { D::narrow_saturating(self.widen()) } else { D::narrow(self.widen()) }
+    }
+
+    #[inline(always)]
+    fn cast_all<const SATURATE: bool>(src: &[S], dst: &mut [D], level: Level) {
+        if !SATURATE {
+            return map(src, dst, level, |x| x);
+        }
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = src.cast::<SATURATE>();
+        }
     }
 }
 

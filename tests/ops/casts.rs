@@ -89,6 +89,36 @@ fn every_16_bit_float_survives_the_way_through_f32() {
     });
 }
 
+/// NaN's bits, too, and whatever stands beside it: conversions of the processor take the place of arithmetic at some levels.
+#[test]
+fn every_16_bit_float_has_the_same_bits_at_every_level() {
+    for len in [1 << 16, (1 << 16) - 3, 13] {
+        let halves: Vec<f16> = (0..len).map(|bits| f16::from_bits(bits as u16)).collect();
+        let wide = at_every_level(|| {
+            let (mut wide, mut same, mut bfloats) = (vec![0f32; len], vec![f16::ZERO; len], vec![bf16::ZERO; len]);
+            cast(Slice::F16(&halves), SliceMut::F32(&mut wide), Saturate::No).unwrap();
+            cast(Slice::F16(&halves), SliceMut::F16(&mut same), Saturate::No).unwrap();
+            cast(Slice::F16(&halves), SliceMut::BF16(&mut bfloats), Saturate::No).unwrap();
+            let bits = |halves: &[f16]| halves.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let bfloats: Vec<u16> = bfloats.iter().map(|x| x.to_bits()).collect();
+            (wide.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), bits(&same), bfloats)
+        });
+        for (half, (bits, same)) in halves.iter().zip(wide.0.iter().zip(&wide.1)) {
+            let quiet_bits = if half.is_nan() { half.to_bits() | 0x0200 } else { half.to_bits() };
+            assert_eq!(*bits, f16::from_bits(quiet_bits).to_f32_const().to_bits(), "{half:?}");
+            assert_eq!(*same, quiet_bits);
+        }
+        // Every f16 beside its neighbours in f32, and NaN with payloads above, in and below what stays.
+        let near = wide.0.iter().flat_map(|bits| [0, 1, 0x0fff, 0x1000, 0x1001].map(|add| bits.wrapping_add(add)));
+        let near: Vec<f32> = near.chain([0x7f80_0001, 0xff80_2000, 0x7fbf_ffff]).map(f32::from_bits).collect();
+        at_every_level(|| {
+            let mut narrow = vec![f16::ZERO; near.len()];
+            cast(Slice::F32(&near), SliceMut::F16(&mut narrow), Saturate::No).unwrap();
+            narrow.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        });
+    }
+}
+
 #[test]
 fn nan_stays_nan_and_quiet_with_its_sign() {
     // A NaN whose payload is only in the bits that are cut off.

@@ -1,7 +1,7 @@
 //! In-place loops over one tensor.
 
-use super::lane::Lane;
-use super::level::Kernel;
+use super::lane::{Lane, map_in_place};
+use super::level::{Kernel, Level};
 
 pub(crate) struct Scale<'a, T> {
     pub elements: &'a mut [T],
@@ -12,10 +12,8 @@ impl<T: Lane> Kernel for Scale<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        for x in self.elements {
-            *x = T::narrow(x.widen() * self.coef);
-        }
+    fn run(self, level: Level) {
+        map_in_place(self.elements, level, |x| x * self.coef);
     }
 }
 
@@ -28,7 +26,7 @@ impl Kernel for ScaleF64<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         for x in self.elements {
             *x *= self.coef;
         }
@@ -44,14 +42,13 @@ impl<T: Lane> Kernel for Clamp<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         let limit = T::narrow(self.limit).widen();
-        for x in self.elements {
+        map_in_place(self.elements, level, |x| {
             // NaN fails both comparisons.
-            let value = x.widen();
-            let value = if value > limit { limit } else { value };
-            *x = T::narrow(if value < -limit { -limit } else { value });
-        }
+            let x = if x > limit { limit } else { x };
+            if x < -limit { -limit } else { x }
+        });
     }
 }
 
@@ -64,7 +61,7 @@ impl Kernel for ClampF64<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         for x in self.elements {
             let value = if *x > self.limit { self.limit } else { *x };
             *x = if value < -self.limit { -self.limit } else { value };

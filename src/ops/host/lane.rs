@@ -3,14 +3,89 @@
 use bytemuck::Pod;
 use half::{bf16, f16};
 
+use super::level::Level;
+
 /// A float type whose arithmetic is done in f32.
 pub(crate) trait Lane: Pod {
-    /// The value; exact. NaN stays NaN.
+    /// The value; exact. NaN stays NaN; of f16 it is quiet.
     fn widen(self) -> f32;
     /// Nearest, ties to even; what is too large becomes infinite; NaN stays NaN, quiet, with its sign.
     fn narrow(value: f32) -> Self;
     /// As [`Lane::narrow`], but infinities, given or arising, become the largest finite value.
     fn narrow_saturating(value: f32) -> Self;
+    /// Whether the two below are more than loops over the two above, which the compiler vectorises better where it sees them.
+    #[inline(always)]
+    fn has_blocks(_level: Level) -> bool {
+        false
+    }
+    /// [`Lane::widen`] of each.
+    #[inline(always)]
+    fn widen_block(block: &[Self; BLOCK_ELEMS], _level: Level) -> [f32; BLOCK_ELEMS] {
+        let mut wide = [0.0; BLOCK_ELEMS];
+        for (wide, x) in wide.iter_mut().zip(block) {
+            *wide = x.widen();
+        }
+        wide
+    }
+    /// [`Lane::narrow`] of each.
+    #[inline(always)]
+    fn narrow_block(wide: &[f32; BLOCK_ELEMS], _level: Level) -> [Self; BLOCK_ELEMS] {
+        let mut block = [Self::zeroed(); BLOCK_ELEMS];
+        for (x, wide) in block.iter_mut().zip(wide) {
+            *x = Self::narrow(*wide);
+        }
+        block
+    }
+}
+
+/// Elements that are converted together.
+pub(crate) const BLOCK_ELEMS: usize = 16;
+
+/// `dst = f(src)` in f32, as many as the shorter one has.
+#[inline(always)]
+pub(crate) fn map<S: Lane, D: Lane>(src: &[S], dst: &mut [D], level: Level, f: impl Fn(f32) -> f32) {
+    if !S::has_blocks(level) && !D::has_blocks(level) {
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = D::narrow(f(src.widen()));
+        }
+        return;
+    }
+    let len = src.len().min(dst.len());
+    let (src, src_tail) = src[..len].as_chunks();
+    let (dst, dst_tail) = dst[..len].as_chunks_mut();
+    for (dst, src) in dst.iter_mut().zip(src) {
+        *dst = map_block(src, level, &f);
+    }
+    let mut block = [S::zeroed(); BLOCK_ELEMS];
+    block[..src_tail.len()].copy_from_slice(src_tail);
+    dst_tail.copy_from_slice(&map_block::<S, D>(&block, level, &f)[..dst_tail.len()]);
+}
+
+/// `x = f(x)` in f32.
+#[inline(always)]
+pub(crate) fn map_in_place<T: Lane>(elements: &mut [T], level: Level, f: impl Fn(f32) -> f32) {
+    if !T::has_blocks(level) {
+        for x in elements {
+            *x = T::narrow(f(x.widen()));
+        }
+        return;
+    }
+    let (blocks, tail) = elements.as_chunks_mut();
+    for block in blocks {
+        *block = map_block(block, level, &f);
+    }
+    let mut block = [T::zeroed(); BLOCK_ELEMS];
+    block[..tail.len()].copy_from_slice(tail);
+    tail.copy_from_slice(&map_block::<T, T>(&block, level, &f)[..tail.len()]);
+}
+
+#[inline(always)]
+fn map_block<S: Lane, D: Lane>(block: &[S; BLOCK_ELEMS], level: Level, f: impl Fn(f32) -> f32) -> [D; BLOCK_ELEMS] {
+    let mut wide = S::widen_block(block, level);
+    for x in &mut wide {
+        *x = f(*x);
+    }
+    D::narrow_block(&wide, level)
 }
 
 impl Lane for f32 {
@@ -59,7 +134,33 @@ impl Lane for f16 {
         // Subnormals are multiples of 2^-24. No operand is a subnormal f32: some processors take a hundred cycles for one, and
         // a library in the process may have told them to take it for 0.
         let subnormal = (magnitude as i32 as f32 * f32::from_bits((127 - 24) << 23)).to_bits();
-        f32::from_bits(sign | if magnitude < 0x0400 { subnormal } else { normal })
+        // Quiet, as the processors' own conversions make it.
+        let quiet = if magnitude > 0x7c00 { 0x0040_0000 } else { 0 };
+        f32::from_bits(sign | quiet | if magnitude < 0x0400 { subnormal } else { normal })
+    }
+    /// The processor's instructions: the arithmetic here is slower than memory.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn has_blocks(level: Level) -> bool {
+        level >= Level::Avx2
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn widen_block(block: &[f16; BLOCK_ELEMS], level: Level) -> [f32; BLOCK_ELEMS] {
+        if Self::has_blocks(level) {
+            // SAFETY: the level has F16C.
+            return unsafe { f16c::widen(block) };
+        }
+        block.map(f16::widen)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn narrow_block(wide: &[f32; BLOCK_ELEMS], level: Level) -> [f16; BLOCK_ELEMS] {
+        if Self::has_blocks(level) {
+            // SAFETY: the level has F16C.
+            return unsafe { f16c::narrow(wide) };
+        }
+        wide.map(f16::narrow)
     }
     #[inline(always)]
     fn narrow(value: f32) -> f16 {
@@ -78,6 +179,46 @@ impl Lane for f16 {
     #[inline(always)]
     fn narrow_saturating(value: f32) -> f16 {
         f16::from_bits(finite(f16::narrow(value).to_bits(), 0x7c00))
+    }
+}
+
+/// The processor's conversions; the same bits as [`Lane::widen`] and [`Lane::narrow`].
+#[cfg(target_arch = "x86_64")]
+mod f16c {
+    use std::arch::x86_64::{
+        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
+        _mm256_loadu_ps, _mm256_storeu_ps,
+    };
+
+    use super::{BLOCK_ELEMS, f16};
+
+    /// # Safety
+    /// The processor has F16C.
+    #[target_feature(enable = "avx,f16c")]
+    #[inline]
+    pub(super) unsafe fn widen(block: &[f16; BLOCK_ELEMS]) -> [f32; BLOCK_ELEMS] {
+        let mut wide = [0.0; BLOCK_ELEMS];
+        for (wide, x) in wide.as_chunks_mut::<8>().0.iter_mut().zip(block.as_chunks::<8>().0) {
+            // SAFETY: eight elements of each; neither access needs alignment.
+            unsafe { _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
+        }
+        wide
+    }
+
+    /// # Safety
+    /// The processor has F16C.
+    #[target_feature(enable = "avx,f16c")]
+    #[inline]
+    pub(super) unsafe fn narrow(wide: &[f32; BLOCK_ELEMS]) -> [f16; BLOCK_ELEMS] {
+        let mut block = [f16::ZERO; BLOCK_ELEMS];
+        for (x, wide) in block.as_chunks_mut::<8>().0.iter_mut().zip(wide.as_chunks::<8>().0) {
+            // SAFETY: as above.
+            unsafe {
+                let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(wide.as_ptr()));
+                _mm_storeu_si128(x.as_mut_ptr().cast(), half);
+            }
+        }
+        block
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 pub enum Level {
     /// What every CPU of the target architecture has.
     Portable,
-    /// x86-64 with AVX2 and FMA (2013 on).
+    /// x86-64 with AVX2, FMA and F16C (2013 on).
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -52,7 +52,7 @@ impl Level {
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Level {
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
@@ -70,17 +70,17 @@ fn detect() -> Level {
 }
 
 /// A kernel with its arguments. `run` and everything it calls per element is `#[inline(always)]`: only what is inlined
-/// is compiled for the level.
+/// is compiled for the level. `level` is a constant there.
 pub(crate) trait Kernel {
     type Output;
-    fn run(self) -> Self::Output;
+    fn run(self, level: Level) -> Self::Output;
 }
 
 /// Runs `kernel` at the level of this thread.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match FORCED.get().unwrap_or_else(Level::detected) {
-        Level::Portable => kernel.run(),
+        Level::Portable => kernel.run(Level::Portable),
         // SAFETY: `detected` found these features, and a forced level is never above it.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { run_avx2(kernel) },
@@ -88,20 +88,20 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { run_avx512(kernel) },
         #[cfg(not(target_arch = "x86_64"))]
-        Level::Avx2 | Level::Avx512 => kernel.run(),
+        level => kernel.run(level),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    kernel.run(Level::Avx2)
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    kernel.run(Level::Avx512)
 }
 
 #[cfg(test)]
@@ -111,8 +111,8 @@ mod tests {
     struct Current;
     impl Kernel for Current {
         type Output = Level;
-        fn run(self) -> Level {
-            FORCED.get().unwrap_or_else(Level::detected)
+        fn run(self, level: Level) -> Level {
+            level
         }
     }
 

@@ -8,7 +8,7 @@
 use half::{bf16, f16};
 
 use super::lane::{Lane, finite};
-use super::level::Kernel;
+use super::level::{Kernel, Level};
 use crate::ops::cast::{RoundingKey, Saturate};
 
 /// Blocks computed side by side, one in each lane.
@@ -28,7 +28,7 @@ impl<D: StochasticLane> Kernel for RoundStochastic<'_, D> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         let Self { mut src, mut dst, key, first_index, saturate } = self;
         // No magnitude is u16::MAX.
         let infinity_bits = if saturate == Saturate::Yes { D::INFINITY_BITS } else { u16::MAX };

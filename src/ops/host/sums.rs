@@ -24,8 +24,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::lane::Lane;
-use super::level::Kernel;
+use super::lane::{self, Lane};
+use super::level::{Kernel, Level};
 use super::powers::power;
 use crate::dtype::NormType;
 
@@ -66,16 +66,16 @@ impl<T: Lane> Kernel for ChunkNorm<'_, T> {
     type Output = Slot;
 
     #[inline(always)]
-    fn run(self) -> Slot {
+    fn run(self, level: Level) -> Slot {
         match self.norm_type {
-            NormType::L1 => chunk_f32(self.chunk, Magnitude),
-            NormType::L2 => chunk_f32(self.chunk, Square),
-            NormType::Inf => Slot::plain(largest(self.chunk)),
-            NormType::P(3.0) => chunk_products(self.chunk, Product::<3>),
-            NormType::P(4.0) => chunk_products(self.chunk, Product::<4>),
-            NormType::P(5.0) => chunk_products(self.chunk, Product::<5>),
-            NormType::P(6.0) => chunk_products(self.chunk, Product::<6>),
-            NormType::P(p) => chunk_scaled(self.chunk, Power(p)),
+            NormType::L1 => chunk_f32(self.chunk, Magnitude::new(), level),
+            NormType::L2 => chunk_f32(self.chunk, Square, level),
+            NormType::Inf => Slot::plain(largest(self.chunk, level)),
+            NormType::P(3.0) => chunk_products(self.chunk, Product::<3>, level),
+            NormType::P(4.0) => chunk_products(self.chunk, Product::<4>, level),
+            NormType::P(5.0) => chunk_products(self.chunk, Product::<5>, level),
+            NormType::P(6.0) => chunk_products(self.chunk, Product::<6>, level),
+            NormType::P(p) => chunk_scaled(self.chunk, Power(p), level),
         }
     }
 }
@@ -90,16 +90,16 @@ impl Kernel for ChunkNormF64<'_> {
     type Output = Slot;
 
     #[inline(always)]
-    fn run(self) -> Slot {
+    fn run(self, level: Level) -> Slot {
         match self.norm_type {
-            NormType::L1 => chunk_f64(self.chunk, Magnitude),
-            NormType::L2 => chunk_f64(self.chunk, Square),
-            NormType::Inf => Slot::plain(f64::largest(self.chunk)),
-            NormType::P(3.0) => chunk_scaled(self.chunk, Product::<3>),
-            NormType::P(4.0) => chunk_scaled(self.chunk, Product::<4>),
-            NormType::P(5.0) => chunk_scaled(self.chunk, Product::<5>),
-            NormType::P(6.0) => chunk_scaled(self.chunk, Product::<6>),
-            NormType::P(p) => chunk_scaled(self.chunk, Power(p)),
+            NormType::L1 => chunk_f64(self.chunk, Magnitude::new(), level),
+            NormType::L2 => chunk_f64(self.chunk, Square, level),
+            NormType::Inf => Slot::plain(f64::largest(self.chunk, level)),
+            NormType::P(3.0) => chunk_scaled(self.chunk, Product::<3>, level),
+            NormType::P(4.0) => chunk_scaled(self.chunk, Product::<4>, level),
+            NormType::P(5.0) => chunk_scaled(self.chunk, Product::<5>, level),
+            NormType::P(6.0) => chunk_scaled(self.chunk, Product::<6>, level),
+            NormType::P(p) => chunk_scaled(self.chunk, Power(p), level),
         }
     }
 }
@@ -119,8 +119,18 @@ trait Term32: Term {
     fn term_f32(self, x: f32) -> f32;
 }
 
+/// The mask that clears a sign, unknown to the compiler: it makes `fabs` of one that it knows, and loops of that do not vectorise.
 #[derive(Clone, Copy)]
-struct Magnitude;
+struct Magnitude {
+    mask: u32,
+}
+
+impl Magnitude {
+    #[inline(always)]
+    fn new() -> Magnitude {
+        Magnitude { mask: std::hint::black_box(0x7fff_ffff) }
+    }
+}
 
 impl Term for Magnitude {
     #[inline(always)]
@@ -136,7 +146,7 @@ impl Term32 for Magnitude {
 
     #[inline(always)]
     fn term_f32(self, x: f32) -> f32 {
-        x.abs()
+        f32::from_bits(x.to_bits() & self.mask)
     }
 }
 
@@ -191,31 +201,36 @@ impl Term for Power {
 
 /// An element of a chunk.
 trait Value: Pod {
-    fn value(self) -> f64;
+    fn values(row: &[Self; LANES], level: Level) -> [f64; LANES];
     /// The largest magnitude; NaN if there is a NaN.
-    fn largest(chunk: &[Self]) -> f64;
+    fn largest(chunk: &[Self], level: Level) -> f64;
 }
 
 impl<T: Lane> Value for T {
     #[inline(always)]
-    fn value(self) -> f64 {
-        f64::from(self.widen())
+    fn values(row: &[T; LANES], level: Level) -> [f64; LANES] {
+        let wide = widen_row(row, level);
+        let mut values = [0.0; LANES];
+        for lane in 0..LANES {
+            values[lane] = f64::from(wide[lane]);
+        }
+        values
     }
 
     #[inline(always)]
-    fn largest(chunk: &[T]) -> f64 {
-        largest(chunk)
+    fn largest(chunk: &[T], level: Level) -> f64 {
+        largest(chunk, level)
     }
 }
 
 impl Value for f64 {
     #[inline(always)]
-    fn value(self) -> f64 {
-        self
+    fn values(row: &[f64; LANES], _: Level) -> [f64; LANES] {
+        *row
     }
 
     #[inline(always)]
-    fn largest(chunk: &[f64]) -> f64 {
+    fn largest(chunk: &[f64], _: Level) -> f64 {
         let mut largest = 0;
         for x in chunk {
             largest = largest.max(x.to_bits() & 0x7fff_ffff_ffff_ffff);
@@ -227,74 +242,79 @@ impl Value for f64 {
 // ---- chunks --------------------------------------------------------------------------------------------------------
 
 #[inline(always)]
-fn chunk_f32<T: Lane>(chunk: &[T], term: impl Term32) -> Slot {
+fn chunk_f32<T: Lane>(chunk: &[T], term: impl Term32, level: Level) -> Slot {
     let mut total = 0.0;
     for run in chunk.chunks(RUN_ELEMS) {
-        total += run_f32(run, term);
+        total += run_f32(run, term, level);
     }
     Slot::plain(total)
 }
 
 #[inline(always)]
-fn run_f32<T: Lane, A: Term32>(run: &[T], term: A) -> f64 {
-    let sum = sum_f32(run, term);
-    if is_safe(sum, A::SAFE_F32) { sum } else { sum_f64(run, term, 1.0) }
+fn run_f32<T: Lane, A: Term32>(run: &[T], term: A, level: Level) -> f64 {
+    let sum = sum_f32(run, term, level);
+    if is_safe(sum, A::SAFE_F32) { sum } else { sum_f64(run, term, 1.0, level) }
 }
 
 /// A chunk whose elements are made just before they are summed: `make` writes one run, which then is in the first-level
 /// cache. The same bits as [`ChunkNorm`] on the finished chunk.
 #[inline(always)]
-pub(crate) fn chunk_made_by_runs<T: Lane>(chunk: &mut [T], norm_type: NormType, mut make: impl MakeRun<T>) -> Slot {
+pub(crate) fn chunk_made_by_runs<T: Lane>(
+    chunk: &mut [T],
+    norm_type: NormType,
+    mut make: impl MakeRun<T>,
+    level: Level,
+) -> Slot {
     let mut total = 0.0;
     for (index, run) in chunk.chunks_mut(RUN_ELEMS).enumerate() {
-        make.make(index * RUN_ELEMS, run);
+        make.make(index * RUN_ELEMS, run, level);
         total += match norm_type {
-            NormType::L1 => run_f32(run, Magnitude),
-            NormType::L2 => run_f32(run, Square),
+            NormType::L1 => run_f32(run, Magnitude::new(), level),
+            NormType::L2 => run_f32(run, Square, level),
             NormType::Inf | NormType::P(_) => 0.0,
         };
     }
     match norm_type {
         NormType::L1 | NormType::L2 => Slot::plain(total),
         // These need the chunk's largest magnitude first.
-        NormType::Inf | NormType::P(_) => ChunkNorm { chunk, norm_type }.run(),
+        NormType::Inf | NormType::P(_) => ChunkNorm { chunk, norm_type }.run(level),
     }
 }
 
 /// What [`chunk_made_by_runs`] calls for each run: writes the elements from `offset_elems` of the chunk on.
 pub(crate) trait MakeRun<T> {
-    fn make(&mut self, offset_elems: usize, run: &mut [T]);
+    fn make(&mut self, offset_elems: usize, run: &mut [T], level: Level);
 }
 
 #[inline(always)]
-fn chunk_f64<A: Term32>(chunk: &[f64], term: A) -> Slot {
+fn chunk_f64<A: Term32>(chunk: &[f64], term: A, level: Level) -> Slot {
     let mut total = 0.0;
     for run in chunk.chunks(RUN_ELEMS) {
-        total += sum_f64(run, term, 1.0);
+        total += sum_f64(run, term, 1.0, level);
     }
-    if is_safe(total, A::SAFE_F64) { Slot::plain(total) } else { chunk_scaled(chunk, term) }
+    if is_safe(total, A::SAFE_F64) { Slot::plain(total) } else { chunk_scaled(chunk, term, level) }
 }
 
 /// Terms that fit f64 for every f32.
 #[inline(always)]
-fn chunk_products<T: Lane>(chunk: &[T], term: impl Term) -> Slot {
+fn chunk_products<T: Lane>(chunk: &[T], term: impl Term, level: Level) -> Slot {
     let mut total = 0.0;
     for run in chunk.chunks(RUN_ELEMS) {
-        total += sum_f64(run, term, 1.0);
+        total += sum_f64(run, term, 1.0, level);
     }
     Slot::plain(total)
 }
 
 /// Every magnitude divided by the largest first.
 #[inline(always)]
-fn chunk_scaled<T: Value>(chunk: &[T], term: impl Term) -> Slot {
-    let largest = T::largest(chunk);
+fn chunk_scaled<T: Value>(chunk: &[T], term: impl Term, level: Level) -> Slot {
+    let largest = T::largest(chunk, level);
     if largest == 0.0 || !largest.is_finite() {
         return Slot::plain(largest);
     }
     let mut sum = 0.0;
     for run in chunk.chunks(RUN_ELEMS) {
-        sum += sum_f64(run, term, largest);
+        sum += sum_f64(run, term, largest, level);
     }
     Slot { sum, scale: largest }
 }
@@ -308,27 +328,44 @@ fn is_safe(sum: f64, least: f64) -> bool {
 // ---- runs ----------------------------------------------------------------------------------------------------------
 
 #[inline(always)]
-fn sum_f32<T: Lane>(run: &[T], term: impl Term32) -> f64 {
+fn sum_f32<T: Lane>(run: &[T], term: impl Term32, level: Level) -> f64 {
     let mut lanes = [0f64; LANES];
     let (blocks, tail) = run.as_chunks::<BLOCK_ELEMS>();
     for block in blocks {
-        add_block(&mut lanes, block, term);
+        add_block(&mut lanes, block, term, level);
     }
     if !tail.is_empty() {
         let mut block = [T::zeroed(); BLOCK_ELEMS];
         block[..tail.len()].copy_from_slice(tail);
-        add_block(&mut lanes, &block, term);
+        add_block(&mut lanes, &block, term, level);
     }
     tree(lanes)
 }
 
+#[inline(always)]
+fn widen_row<T: Lane>(row: &[T; LANES], level: Level) -> [f32; LANES] {
+    let mut wide = [0.0; LANES];
+    if T::has_blocks(level) {
+        let blocks = wide.as_chunks_mut::<{ lane::BLOCK_ELEMS }>().0;
+        for (wide, block) in blocks.iter_mut().zip(row.as_chunks::<{ lane::BLOCK_ELEMS }>().0) {
+            *wide = T::widen_block(block, level);
+        }
+    } else {
+        for lane in 0..LANES {
+            wide[lane] = row[lane].widen();
+        }
+    }
+    wide
+}
+
 /// Row by row into arrays first: written as one expression over the four rows, some element types do not vectorise.
 #[inline(always)]
-fn add_block<T: Lane>(lanes: &mut [f64; LANES], block: &[T; BLOCK_ELEMS], term: impl Term32) {
+fn add_block<T: Lane>(lanes: &mut [f64; LANES], block: &[T; BLOCK_ELEMS], term: impl Term32, level: Level) {
     let mut rows = [[0f32; LANES]; 4];
     for (row, elements) in rows.iter_mut().zip(block.as_chunks::<LANES>().0) {
+        let wide = widen_row(elements, level);
         for lane in 0..LANES {
-            row[lane] = term.term_f32(elements[lane].widen());
+            row[lane] = term.term_f32(wide[lane]);
         }
     }
     let [a, b, c, d] = rows;
@@ -338,25 +375,26 @@ fn add_block<T: Lane>(lanes: &mut [f64; LANES], block: &[T; BLOCK_ELEMS], term: 
 }
 
 #[inline(always)]
-fn sum_f64<T: Value>(run: &[T], term: impl Term, divisor: f64) -> f64 {
+fn sum_f64<T: Value>(run: &[T], term: impl Term, divisor: f64, level: Level) -> f64 {
     let mut lanes = [0f64; LANES];
     let (rows, tail) = run.as_chunks::<LANES>();
     for row in rows {
-        add_row(&mut lanes, row, term, divisor);
+        add_row(&mut lanes, row, term, divisor, level);
     }
     if !tail.is_empty() {
         let mut row = [T::zeroed(); LANES];
         row[..tail.len()].copy_from_slice(tail);
-        add_row(&mut lanes, &row, term, divisor);
+        add_row(&mut lanes, &row, term, divisor, level);
     }
     tree(lanes)
 }
 
 #[inline(always)]
-fn add_row<T: Value>(lanes: &mut [f64; LANES], row: &[T; LANES], term: impl Term, divisor: f64) {
+fn add_row<T: Value>(lanes: &mut [f64; LANES], row: &[T; LANES], term: impl Term, divisor: f64, level: Level) {
+    let values = T::values(row, level);
     let mut terms = [0f64; LANES];
     for lane in 0..LANES {
-        terms[lane] = term.term_f64(row[lane].value() / divisor);
+        terms[lane] = term.term_f64(values[lane] / divisor);
     }
     for lane in 0..LANES {
         lanes[lane] += terms[lane];
@@ -378,12 +416,15 @@ fn tree(mut lanes: [f64; LANES]) -> f64 {
 
 /// The largest magnitude. Magnitudes are ordered as their bits, infinity above all numbers and NaN above that.
 #[inline(always)]
-fn largest<T: Lane>(chunk: &[T]) -> f64 {
+fn largest<T: Lane>(chunk: &[T], level: Level) -> f64 {
     let mut lanes = [0u32; LANES];
     let (rows, tail) = chunk.as_chunks::<LANES>();
     for row in rows {
+        // By rows first, loops over the other types do not vectorise.
+        let wide = if T::has_blocks(level) { widen_row(row, level) } else { [0.0; LANES] };
         for lane in 0..LANES {
-            lanes[lane] = lanes[lane].max(row[lane].widen().to_bits() & 0x7fff_ffff);
+            let x = if T::has_blocks(level) { wide[lane] } else { row[lane].widen() };
+            lanes[lane] = lanes[lane].max(x.to_bits() & 0x7fff_ffff);
         }
     }
     for (lane, x) in lanes.iter_mut().zip(tail) {

@@ -1,7 +1,7 @@
 //! `dst = src * inv_scale` and the norm of `dst`, run by run, so that the second read of a run hits the cache.
 
-use super::lane::Lane;
-use super::level::{Kernel, dispatch};
+use super::lane::{Lane, map, map_in_place};
+use super::level::{Kernel, Level, dispatch};
 use super::sums::{CHUNK_ELEMS, ChunkNormF64, MakeRun, Slot, chunk_made_by_runs};
 use crate::dtype::NormType;
 use crate::error::{Error, Result};
@@ -74,8 +74,8 @@ impl<S: Lane, D: Lane> Kernel for Chunk<'_, S, D> {
     type Output = Slot;
 
     #[inline(always)]
-    fn run(self) -> Slot {
-        chunk_made_by_runs(self.dst, self.norm_type, Unscaled { src: self.src, inv_scale: self.inv_scale })
+    fn run(self, level: Level) -> Slot {
+        chunk_made_by_runs(self.dst, self.norm_type, Unscaled { src: self.src, inv_scale: self.inv_scale }, level)
     }
 }
 
@@ -86,10 +86,8 @@ struct Unscaled<'a, S> {
 
 impl<S: Lane, D: Lane> MakeRun<D> for Unscaled<'_, S> {
     #[inline(always)]
-    fn make(&mut self, offset_elems: usize, run: &mut [D]) {
-        for (dst, src) in run.iter_mut().zip(&self.src[offset_elems..]) {
-            *dst = D::narrow(src.widen() * self.inv_scale);
-        }
+    fn make(&mut self, offset_elems: usize, run: &mut [D], level: Level) {
+        map(&self.src[offset_elems..], run, level, |x| x * self.inv_scale);
     }
 }
 
@@ -103,8 +101,8 @@ impl<T: Lane> Kernel for ChunkInPlace<'_, T> {
     type Output = Slot;
 
     #[inline(always)]
-    fn run(self) -> Slot {
-        chunk_made_by_runs(self.chunk, self.norm_type, UnscaleInPlace { inv_scale: self.inv_scale })
+    fn run(self, level: Level) -> Slot {
+        chunk_made_by_runs(self.chunk, self.norm_type, UnscaleInPlace { inv_scale: self.inv_scale }, level)
     }
 }
 
@@ -114,10 +112,8 @@ struct UnscaleInPlace {
 
 impl<T: Lane> MakeRun<T> for UnscaleInPlace {
     #[inline(always)]
-    fn make(&mut self, _: usize, run: &mut [T]) {
-        for x in run {
-            *x = T::narrow(x.widen() * self.inv_scale);
-        }
+    fn make(&mut self, _: usize, run: &mut [T], level: Level) {
+        map_in_place(run, level, |x| x * self.inv_scale);
     }
 }
 
@@ -131,10 +127,10 @@ impl Kernel for ChunkF64<'_> {
     type Output = Slot;
 
     #[inline(always)]
-    fn run(self) -> Slot {
+    fn run(self, level: Level) -> Slot {
         for x in &mut *self.chunk {
             *x *= f64::from(self.inv_scale);
         }
-        ChunkNormF64 { chunk: self.chunk, norm_type: self.norm_type }.run()
+        ChunkNormF64 { chunk: self.chunk, norm_type: self.norm_type }.run(level)
     }
 }

@@ -1,8 +1,8 @@
 //! How an optimizer's rule is carried over a tensor: tile by tile, so that what is widened before the rule and narrowed
 //! after it stays in the first-level cache.
 
-use super::lane::Lane;
-use super::level::{Kernel, dispatch};
+use super::lane::{Lane, map};
+use super::level::{Kernel, Level, dispatch};
 use super::philox::{RoundStochastic, StochasticLane};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -75,6 +75,25 @@ fn apply<R: Rule<S>, G: Lane, const S: usize>(
     weights: &mut [f32],
     gradient: &[G],
     mut states: [&mut [f32]; S],
+    level: Level,
+) {
+    if !G::has_blocks(level) {
+        return apply_by_element(rule, weights, gradient, states);
+    }
+    let mut wide = [0f32; TILE_ELEMS];
+    for (weights, gradient) in weights.chunks_mut(TILE_ELEMS).zip(gradient.chunks(TILE_ELEMS)) {
+        let wide = &mut wide[..gradient.len()];
+        map(gradient, wide, level, |x| x);
+        apply_by_element(rule, weights, wide, split_states(&mut states, gradient.len()));
+    }
+}
+
+#[inline(always)]
+fn apply_by_element<R: Rule<S>, G: Lane, const S: usize>(
+    rule: R,
+    weights: &mut [f32],
+    gradient: &[G],
+    mut states: [&mut [f32]; S],
 ) {
     let len = weights.len();
     let gradient = &gradient[..len];
@@ -112,8 +131,8 @@ impl<R: Rule<S>, G: Lane, const S: usize> Kernel for Master<'_, R, G, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        apply(self.rule, self.master, self.gradient, self.states);
+    fn run(self, level: Level) {
+        apply(self.rule, self.master, self.gradient, self.states, level);
     }
 }
 
@@ -129,13 +148,11 @@ impl<R: Rule<S>, G: Lane, M: Lane, const S: usize> Kernel for MasterAndModel<'_,
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run(mut self, level: Level) {
         let tiles = self.master.chunks_mut(TILE_ELEMS).zip(self.model.chunks_mut(TILE_ELEMS));
         for ((master, model), gradient) in tiles.zip(self.gradient.chunks(TILE_ELEMS)) {
-            apply(self.rule, master, gradient, split_states(&mut self.states, gradient.len()));
-            for (model, master) in model.iter_mut().zip(&*master) {
-                *model = M::narrow(*master);
-            }
+            apply(self.rule, master, gradient, split_states(&mut self.states, gradient.len()), level);
+            map(master, model, level, |x| x);
         }
     }
 }
@@ -152,24 +169,18 @@ impl<R: Rule<S>, G: Lane, M: StochasticLane, const S: usize> Kernel for ModelOnl
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run(mut self, level: Level) {
         let mut tile = [0f32; TILE_ELEMS];
         let tiles = self.model.chunks_mut(TILE_ELEMS).zip(self.gradient.chunks(TILE_ELEMS));
         for (index, (model, gradient)) in tiles.enumerate() {
             let tile = &mut tile[..gradient.len()];
-            for (wide, model) in tile.iter_mut().zip(&*model) {
-                *wide = model.widen();
-            }
-            apply(self.rule, tile, gradient, split_states(&mut self.states, gradient.len()));
+            map(model, tile, level, |x| x);
+            apply(self.rule, tile, gradient, split_states(&mut self.states, gradient.len()), level);
             match self.rounding {
-                Rounding::Nearest => {
-                    for (model, wide) in model.iter_mut().zip(&*tile) {
-                        *model = M::narrow(*wide);
-                    }
-                }
+                Rounding::Nearest => map(tile, model, level, |x| x),
                 Rounding::Stochastic { key, first_index } => {
                     let first_index = first_index + (index * TILE_ELEMS) as u64;
-                    RoundStochastic { src: tile, dst: model, key, first_index, saturate: Saturate::No }.run();
+                    RoundStochastic { src: tile, dst: model, key, first_index, saturate: Saturate::No }.run(level);
                 }
             }
         }
