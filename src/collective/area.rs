@@ -27,7 +27,7 @@ use crate::world::flag::Flag;
 
 /// Largest payload of a one-step operation, per rank.
 pub(super) const MAILBOX_BYTES: usize = 1 << 20;
-/// Room for the terms of one round, all owners together.
+/// Room for the terms of one round, all other owners together.
 pub(super) const TERMS_BYTES: usize = 512 << 10;
 /// Room for the finished chunk of one round.
 pub(super) const RESULT_BYTES: usize = 512 << 10;

@@ -146,10 +146,37 @@ unsafe fn blocks<T: Lane, const LEVEL: u8>(
     fold: impl Fn(T::Acc, T::Acc) -> T::Acc,
     after: impl Fn(T::Acc) -> T::Acc,
 ) {
+    let whole = len_elems / WIDTH * WIDTH;
+    // SAFETY: the caller's promises; whole blocks and the rest are `len_elems` together.
+    unsafe {
+        for at in (0..whole).step_by(WIDTH) {
+            block::<T, LEVEL>(terms, dests, at, WIDTH, &before, &fold, &after);
+        }
+        if whole < len_elems {
+            block::<T, LEVEL>(terms, dests, whole, len_elems - whole, &before, &fold, &after);
+        }
+    }
+}
+
+/// `valid` elements from `at` on. A function of its own, and no closure: it must be compiled for the level, twice, once with
+/// `valid` a constant; then no block passes through the stack.
+///
+/// # Safety
+/// As for [`blocks`], with `at + valid <= len_elems`.
+#[inline(always)]
+unsafe fn block<T: Lane, const LEVEL: u8>(
+    terms: &[*const u8],
+    dests: &[*mut u8],
+    at: usize,
+    valid: usize,
+    before: &impl Fn(T::Acc) -> T::Acc,
+    fold: &impl Fn(T::Acc, T::Acc) -> T::Acc,
+    after: &impl Fn(T::Acc) -> T::Acc,
+) {
     let Some((first, others)) = terms.split_first() else { return };
-    // SAFETY: `at + valid <= len_elems` elements are inside every term and destination; a destination that is also a term is
-    // written after every term of the block was read.
-    let block = |at: usize, valid: usize| unsafe {
+    // SAFETY: the elements are inside every term and destination; a destination that is also a term is written after every
+    // term of the block was read.
+    unsafe {
         let mut acc = T::widen::<LEVEL>(&load(first.cast::<T>().add(at), valid));
         for acc in &mut acc {
             *acc = before(*acc);
@@ -167,13 +194,6 @@ unsafe fn blocks<T: Lane, const LEVEL: u8>(
         for dest in dests {
             store(dest.cast::<T>().add(at), &result, valid);
         }
-    };
-    let whole = len_elems / WIDTH * WIDTH;
-    for at in (0..whole).step_by(WIDTH) {
-        block(at, WIDTH);
-    }
-    if whole < len_elems {
-        block(whole, len_elems - whole);
     }
 }
 

@@ -42,6 +42,10 @@ const _: () = assert!(ONE_STEP_STAGED_BYTES <= MAILBOX_BYTES && ONE_STEP_STAGED_
 /// 256 MiB on the machine of BENCHMARKS.md.
 const LIBC_COPY_BYTES: usize = 1 << 20;
 
+/// What is moved between two looks at the fault cell: with first touches of its pages, a millisecond. 64 MiB of four ranks on two
+/// cores in one piece took so long that one loss in thirty was told after 50 ms.
+const PIECE_BYTES: usize = 1 << 20;
+
 /// Where one side of an operation begins.
 #[derive(Clone, Copy)]
 pub(super) struct Operand {
@@ -336,23 +340,48 @@ impl Run<'_> {
             match descriptor.kind() {
                 Kind::AllReduce => {
                     let mut outputs = PerRank::new(std::ptr::null_mut(), group.world_size());
-                    for rank in 0..group.world_size() {
-                        outputs.set(rank, self.at(dsts.get(rank), mine.offset_elems));
-                    }
-                    self.reduce(&inputs, mine, outputs.as_slice());
+                    self.by_pieces(mine, |piece| {
+                        for rank in 0..group.world_size() {
+                            outputs.set(rank, self.at(dsts.get(rank), piece.offset_elems));
+                        }
+                        self.reduce(&inputs, piece, outputs.as_slice());
+                    })
                 }
-                Kind::ReduceScatter => self.reduce(&inputs, mine, &[self.job.dst.ptr]),
-                Kind::AllGather => {
-                    for owner in std::iter::once(group.rank).chain(group.peers()) {
-                        let shard = schedule.shard(owner);
-                        self.copy(inputs.get(owner), self.at(self.job.dst.ptr, shard.offset_elems), shard.len_elems);
-                    }
-                }
+                Kind::ReduceScatter => self.by_pieces(mine, |piece| {
+                    let in_shard = piece.offset_elems - mine.offset_elems;
+                    self.reduce(&inputs, piece, &[self.at(self.job.dst.ptr, in_shard)]);
+                }),
+                Kind::AllGather => std::iter::once(group.rank).chain(group.peers()).try_for_each(|owner| {
+                    let shard = schedule.shard(owner);
+                    self.by_pieces(shard, |piece| {
+                        let from = inputs.get(owner).cast_mut();
+                        let from = self.at(from, piece.offset_elems - shard.offset_elems);
+                        self.copy(from, self.at(self.job.dst.ptr, piece.offset_elems), piece.len_elems);
+                    })
+                }),
                 Kind::Broadcast => {
-                    self.copy(inputs.get(descriptor.root), self.job.dst.ptr, descriptor.len_elems as usize);
+                    let whole = Span { offset_elems: 0, len_elems: descriptor.len_elems as usize };
+                    self.by_pieces(whole, |piece| {
+                        let from = self.at(inputs.get(descriptor.root).cast_mut(), piece.offset_elems);
+                        self.copy(from, self.at(self.job.dst.ptr, piece.offset_elems), piece.len_elems);
+                    })
                 }
-                Kind::Barrier => {}
+                Kind::Barrier => Ok(()),
             }
+        }
+    }
+
+    /// Calls `move_piece` for one piece of `span` after the other, unless somebody fails.
+    fn by_pieces(&self, span: Span, mut move_piece: impl FnMut(Span)) -> Result<()> {
+        let piece_elems = PIECE_BYTES / self.dtype.size_bytes();
+        for at in (0..span.len_elems).step_by(piece_elems) {
+            if at > 0
+                && let Some(fault) = self.group.world.fault()
+            {
+                return Err(self.in_this_operation(fault));
+            }
+            let len_elems = piece_elems.min(span.len_elems - at);
+            move_piece(Span { offset_elems: span.offset_elems + at, len_elems });
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::schedule::{Action, Phase, Schedule, Span, Step};
 use crate::world::flag::Flag;
 
-/// Bytes of a vector per round. Measured from 32 KiB to 1 MiB with 2 to 8 ranks and buffers of 1 to 64 MiB: smaller rounds pay
+/// Bytes of a vector per round. Measured from 32 KiB to 1 MiB (with twice the room) with 2 to 8 ranks and buffers of 1 to 64 MiB: smaller rounds pay
 /// for their meetings, larger ones leave the second-level cache (1 MiB here).
 const ROUND_BYTES: usize = 512 << 10;
 
@@ -184,11 +184,12 @@ impl Staged<'_> {
 
     /// Where in the terms of `sender` those of `owner` begin: the sender's own have no place.
     fn place_of(&self, sender: u32, owner: u32) -> usize {
+        debug_assert_ne!(sender, owner);
         let world_size = self.run.group.world_size();
         ((owner + world_size - sender - 1) % world_size) as usize * self.slot_elems
     }
 
-    /// Where `area`'s rank has its terms of a round, [`slot_elems`](Staged::slot_elems) for each owner.
+    /// Where `area`'s rank has its terms of a round, [`slot_elems`](Staged::slot_elems) for each other owner.
     fn terms(&self, area: &Area, generation: u32) -> *mut u8 {
         let slot_bytes = self.slot_elems * self.run.dtype.size_bytes();
         area.terms.place(generation, slot_bytes * (self.run.group.world_size() as usize - 1))

@@ -147,7 +147,7 @@ impl<S: Lane, D: Lane> CastTo<D> for S {
             return map(src, dst, level, |x| x);
         }
         for (dst, src) in dst.iter_mut().zip(src) {
-            *dst = src.cast::<SATURATE>();
+            *dst = D::narrow_saturating(src.widen());
         }
     }
 }

@@ -12,6 +12,7 @@
 //! with this one, so no socket ever holds more than one frame.
 //! Cost: 2 messages a rank; N descriptors under way at a time, because the kernel limits them per user.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -91,7 +92,13 @@ impl Star<'_, '_> {
     fn give(&self, peer: u32, fds: &[BorrowedFd<'_>]) -> Result<()> {
         let frame = Frame::Descriptors { sequence: self.rounds.sequence };
         let sent = send(self.socket(peer)?, &frame, fds, Instant::now() + PEER_LIMIT);
-        sent.map_err(|error| self.failed(peer, format!("it does not take descriptors: {error}")))
+        sent.map_err(|error| match &error {
+            // It has closed its end; nobody does but by dying or leaving.
+            Error::Io { source, .. } if matches!(source.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                self.lost(peer)
+            }
+            _ => self.failed(peer, format!("it does not take descriptors: {error}")),
+        })
     }
 
     /// The `len` descriptors that `peer` sends.

@@ -241,7 +241,7 @@ fn wrong_arguments_are_named() {
 #[test]
 fn fused_unscaling_is_scaling_then_measuring() {
     const LEN: usize = 70_001;
-    for norm_type in [NormType::L2, NormType::Inf, NormType::P(3.0)] {
+    for norm_type in [NormType::L1, NormType::L2, NormType::Inf, NormType::P(3.0)] {
         for src_dtype in FLOATS {
             for dst_dtype in FLOATS {
                 if (src_dtype == DType::F64) != (dst_dtype == DType::F64) {

@@ -190,7 +190,7 @@ fn credentials() -> rustix::io::Result<()> {
 fn vectors() -> String {
     match Level::detected() {
         Level::Portable => "what every processor of this architecture has".into(),
-        Level::Avx2 => "AVX2, FMA".into(),
+        Level::Avx2 => "AVX2, FMA, F16C".into(),
         Level::Avx512 => "AVX-512 F, BW, DQ, VL".into(),
     }
 }

@@ -1,4 +1,5 @@
-//! One element between memory and an f32 lane, without branches, so that loops over it vectorise at every level.
+//! Elements between memory and f32 lanes: one at a time without branches, so that loops over it vectorise at every level, or
+//! sixteen by the processor's instructions.
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -13,7 +14,8 @@ pub(crate) trait Lane: Pod {
     fn narrow(value: f32) -> Self;
     /// As [`Lane::narrow`], but infinities, given or arising, become the largest finite value.
     fn narrow_saturating(value: f32) -> Self;
-    /// Whether the two below are more than loops over the two above, which the compiler vectorises better where it sees them.
+    /// Whether `widen_block` and `narrow_block` are more than loops over `widen` and `narrow`, which the compiler vectorises better
+    /// where it sees them.
     #[inline(always)]
     fn has_blocks(_level: Level) -> bool {
         false
@@ -56,6 +58,9 @@ pub(crate) fn map<S: Lane, D: Lane>(src: &[S], dst: &mut [D], level: Level, f: i
     for (dst, src) in dst.iter_mut().zip(src) {
         *dst = map_block(src, level, &f);
     }
+    if src_tail.is_empty() {
+        return;
+    }
     let mut block = [S::zeroed(); BLOCK_ELEMS];
     block[..src_tail.len()].copy_from_slice(src_tail);
     dst_tail.copy_from_slice(&map_block::<S, D>(&block, level, &f)[..dst_tail.len()]);
@@ -73,6 +78,9 @@ pub(crate) fn map_in_place<T: Lane>(elements: &mut [T], level: Level, f: impl Fn
     let (blocks, tail) = elements.as_chunks_mut();
     for block in blocks {
         *block = map_block(block, level, &f);
+    }
+    if tail.is_empty() {
+        return;
     }
     let mut block = [T::zeroed(); BLOCK_ELEMS];
     block[..tail.len()].copy_from_slice(tail);
@@ -148,7 +156,7 @@ impl Lane for f16 {
     #[inline(always)]
     fn widen_block(block: &[f16; BLOCK_ELEMS], level: Level) -> [f32; BLOCK_ELEMS] {
         if Self::has_blocks(level) {
-            // SAFETY: the level has F16C.
+            // SAFETY: a level above `Portable` comes from `dispatch`, which has found its features.
             return unsafe { f16c::widen(block) };
         }
         block.map(f16::widen)
@@ -157,7 +165,7 @@ impl Lane for f16 {
     #[inline(always)]
     fn narrow_block(wide: &[f32; BLOCK_ELEMS], level: Level) -> [f16; BLOCK_ELEMS] {
         if Self::has_blocks(level) {
-            // SAFETY: the level has F16C.
+            // SAFETY: as above.
             return unsafe { f16c::narrow(wide) };
         }
         wide.map(f16::narrow)
@@ -193,7 +201,7 @@ mod f16c {
     use super::{BLOCK_ELEMS, f16};
 
     /// # Safety
-    /// The processor has F16C.
+    /// The processor has AVX and F16C.
     #[target_feature(enable = "avx,f16c")]
     #[inline]
     pub(super) unsafe fn widen(block: &[f16; BLOCK_ELEMS]) -> [f32; BLOCK_ELEMS] {
@@ -206,7 +214,7 @@ mod f16c {
     }
 
     /// # Safety
-    /// The processor has F16C.
+    /// The processor has AVX and F16C.
     #[target_feature(enable = "avx,f16c")]
     #[inline]
     pub(super) unsafe fn narrow(wide: &[f32; BLOCK_ELEMS]) -> [f16; BLOCK_ELEMS] {

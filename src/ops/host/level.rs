@@ -70,7 +70,8 @@ fn detect() -> Level {
 }
 
 /// A kernel with its arguments. `run` and everything it calls per element is `#[inline(always)]`: only what is inlined
-/// is compiled for the level. `level` is a constant there.
+/// is compiled for the level (a closure given to `map` is small and called in one place, so it is inlined, too). `level` is a constant
+/// there; one above [`Level::Portable`] comes from `dispatch` alone.
 pub(crate) trait Kernel {
     type Output;
     fn run(self, level: Level) -> Self::Output;
