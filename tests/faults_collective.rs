@@ -104,7 +104,7 @@ fn collectives() {
     say(format!("error {error:?}"));
     let (mut next, mut medians, mut processor) = (None, Vec::new(), Duration::ZERO);
     for kind in KINDS {
-        let mut times: Vec<Duration> = (0..5)
+        let (mut times, mut processor_times): (Vec<Duration>, Vec<Duration>) = (0..5)
             .map(|_| {
                 let mut operation = Operation::new(kind, 4, &world).unwrap();
                 let (start, processor_start) = (Instant::now(), processor_time());
@@ -112,11 +112,13 @@ fn collectives() {
                 let (time, processor_time) = (start.elapsed(), processor_time() - processor_start);
                 assert!(matches!(result, Err(Error::Poisoned { .. })), "{kind}: {result:?}");
                 next.get_or_insert(time);
-                processor = processor.max(processor_time);
-                time
+                (time, processor_time)
             })
-            .collect();
+            .unzip();
         medians.push(median(&mut times));
+        // But one: interrupts, as when the dead rank's memory is unmapped, count as the time of whom they interrupt.
+        processor_times.sort_unstable();
+        processor = processor.max(processor_times[3]);
     }
     assert!(
         communicator.split(Some(0), 0).is_err() && Communicator::new(&world, CollectiveOptions::default()).is_err()
@@ -226,7 +228,7 @@ fn harmed(harm: &Harm) -> Vec<Told> {
         let us: Vec<u64> = poisoned.split_whitespace().skip(2).map(|us| us.parse().unwrap()).collect();
         let [next, slowest, processor] = [us[0], us[1], us[2]].map(Duration::from_micros);
         // All ranks wake at once, more of them than there may be processors, so a call may be interrupted for longer than
-        // it may take: of every kind of call it is the median, and of each what it computes.
+        // it may take: of every kind of call it is the median, and of all but one of each kind what they compute.
         let limit = poisoned_limit();
         assert!(
             slowest <= limit && processor <= limit,
