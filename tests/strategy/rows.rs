@@ -374,10 +374,21 @@ fn row_teardown_reports_and_drop_does_not_block() {
         if strategy.rank() == 0 {
             // Its reductions wait for a rank that never comes.
             let data = samples(4);
-            strategy.backward(&Loss::of(&data), &mut model).unwrap();
+            let backward = strategy.backward(&Loss::of(&data), &mut model);
+            // The other rank may have left before the last of them was issued.
+            assert!(backward.as_ref().err().is_none_or(is_rank_1_lost), "{backward:?}");
         }
     });
     assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+/// Told by the call that found it, or by a later one.
+fn is_rank_1_lost(error: &Error) -> bool {
+    match error {
+        Error::PeerLost { rank: 1, .. } => true,
+        Error::Poisoned { cause } => matches!(**cause, Error::PeerLost { rank: 1, .. }),
+        _ => false,
+    }
 }
 
 #[test]
@@ -410,13 +421,8 @@ fn a_lost_rank_is_an_error_and_every_later_call_fails() {
         Some((first, later, start.elapsed()))
     });
     let (first, later, time) = outcomes[0].as_ref().unwrap();
-    let is_lost = |error: &Error| match error {
-        Error::PeerLost { rank: 1, .. } => true,
-        Error::Poisoned { cause } => matches!(**cause, Error::PeerLost { rank: 1, .. }),
-        _ => false,
-    };
-    assert!(is_lost(first), "{first}");
-    assert!(later.iter().all(is_lost), "{later:?}");
+    assert!(is_rank_1_lost(first), "{first}");
+    assert!(later.iter().all(is_rank_1_lost), "{later:?}");
     assert!(*time < Duration::from_secs(1));
 }
 
