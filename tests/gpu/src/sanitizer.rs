@@ -7,21 +7,20 @@
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::part::{Part, Scale, follow};
-use crate::record::{Record, check, say};
+use crate::record::{Check, Record, say};
 
 /// What is run, the most telling first: what time cuts off is the end. Each kernel is in one of these parts.
-pub const RUNS: [(&str, Part); 13] = [
+pub const RUNS: [(&str, Part); 11] = [
     ("memcheck", Part::Threads),
     ("memcheck", Part::Norms),
     ("memcheck", Part::Optimizers),
     ("memcheck", Part::Casts),
     ("racecheck", Part::Threads),
-    ("racecheck", Part::Norms),
-    ("racecheck", Part::Optimizers),
     ("synccheck", Part::Threads),
     ("synccheck", Part::Norms),
     ("synccheck", Part::Optimizers),
@@ -31,7 +30,9 @@ pub const RUNS: [(&str, Part); 13] = [
 ];
 
 /// What is not, and why.
-const LEFT_OUT: [&str; 4] = [
+const LEFT_OUT: [&str; 5] = [
+    "racecheck over norms and optimizers: behind barriers of a part of a block, which norms have, it takes what __syncthreads \
+     orders for a race (2025.3, in any kernel that has both)",
     "racecheck and synccheck over casts: their kernels have no shared memory and no barriers of their own",
     "initcheck over threads: the memory between ranks is zeroed when it is made, so that nothing could be found",
     "processes under any tool: their kernels are those of threads, and two checked processes take turns too slowly",
@@ -40,13 +41,11 @@ const LEFT_OUT: [&str; 4] = [
 
 /// Of all.
 pub fn limit(scale: Scale) -> Duration {
-    Duration::from_secs(if scale == Scale::Full { 140 } else { 40 })
+    Duration::from_secs(if scale == Scale::Full { 140 } else { 60 })
 }
 
-/// Of one, so that one that hangs leaves time for the others.
-const RUN_LIMIT: Duration = Duration::from_secs(30);
-
-/// Runs the short form of the comparisons under each tool. A finding, or a comparison that fails, is a failure.
+/// Runs the short form of the comparisons under each tool, as many at a time as there are processors: a tool keeps one busy, and
+/// the device hardly. A finding, or a comparison that fails, is a failure.
 ///
 /// # Errors
 /// None but this program's own path.
@@ -57,18 +56,28 @@ pub fn run(scale: Scale) -> Result<()> {
     };
     LEFT_OUT.iter().for_each(|what| say(&Record::Skipped((*what).to_owned())));
     let deadline = Instant::now() + limit(scale);
-    for (tool, part) in RUNS {
-        let what = format!("{tool} over {}", part.name());
-        match under(&sanitizer, tool, part, deadline.min(Instant::now() + RUN_LIMIT)) {
-            Ok(false) => say(&Record::Skipped(format!("{what}: there was no time to end it; nothing was found"))),
-            outcome => check(what, RUN_LIMIT, |tally| {
-                outcome?;
-                tally.agreed();
-                Ok(())
-            }),
+    let (next, processors) = (AtomicUsize::new(0), std::thread::available_parallelism()?.get());
+    let work = || {
+        while let Some((tool, part)) = RUNS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            one(&sanitizer, tool, *part, deadline);
         }
-    }
+    };
+    std::thread::scope(|scope| (0..processors.min(RUNS.len())).for_each(|_| drop(scope.spawn(work))));
     Ok(())
+}
+
+fn one(sanitizer: &Path, tool: &str, part: Part, deadline: Instant) {
+    let (what, start) = (format!("{tool} over {}", part.name()), Instant::now());
+    match under(sanitizer, tool, part, deadline) {
+        Ok(false) => say(&Record::Skipped(format!("{what}: there was no time to end it; nothing was found"))),
+        outcome => say(&Record::Check(Check {
+            what,
+            cases: u64::from(outcome.is_ok()),
+            failure: outcome.err().map(|error| error.to_string()),
+            is_cut_short: false,
+            seconds: start.elapsed().as_secs_f64(),
+        })),
+    }
 }
 
 /// Runs the short form of `part` under `tool`, and says whether it came to its end by the deadline.
