@@ -10,6 +10,7 @@ constexpr uint32_t MAX_STEPS = 192;        // 3 * 64 - 2 of a direct all-reduce
 constexpr uint32_t MAX_RANKS_IN_GRID = 8;
 constexpr uint32_t FLAG_STRIDE = 16;       // u32s from one channel's flag to the next: 64 bytes
 constexpr uint32_t NOBODY = 0xff;
+constexpr uint32_t EVERYBODY = 0xfe;  // of words
 constexpr uint32_t MAX_THREADS = 512;
 
 // src/abi/collective.rs
@@ -51,8 +52,8 @@ enum Source : uint8_t {
 
 struct Step {
   uint8_t recv_peer;  // or NOBODY
-  uint8_t send_peer;  // or NOBODY
-  uint8_t chunk;      // by its owner; 0 in a broadcast
+  uint8_t send_peer;  // or NOBODY, or EVERYBODY
+  uint8_t chunk;      // by its owner; 0 in a broadcast and where everybody gets the whole vector
   uint8_t source;
   uint8_t to_output;
   uint8_t phase;      // for fault records, with `index`
@@ -187,6 +188,22 @@ struct Channel {
   __device__ __forceinline__ Slot slot(unsigned char* slots, uint32_t transfers) const {
     const uint64_t index = static_cast<uint64_t>(number) * arguments.slots + transfers % arguments.slots;
     return {slots + index * arguments.slot_bytes, transfers + 1};
+  }
+
+  // Calls `body` with every peer that the step sends to.
+  template <class Body>
+  __device__ __forceinline__ void for_receivers(const Step& step, const Body& body) const {
+    if (step.send_peer == EVERYBODY) return for_peers(body);
+    if (step.send_peer != NOBODY) body(step.send_peer);
+  }
+
+  // And with every peer.
+  template <class Body>
+  __device__ __forceinline__ void for_peers(const Body& body) const {
+#pragma unroll 1
+    for (uint32_t peer = 0; peer < arguments.world_size; ++peer) {
+      if (peer != mine.rank) body(peer);
+    }
   }
 
   __device__ __forceinline__ Slot received(uint32_t peer) const {

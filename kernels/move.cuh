@@ -32,15 +32,13 @@ struct Move {
   // False if a word did not come: then `lost_peer` did not send it.
   __device__ __forceinline__ bool run(const Step& step, uint64_t round) {
     const Piece piece = channel.piece(step, round);
-    const bool has_send = step.send_peer != NOBODY;
-    const Slot sent = channel.sent(has_send ? step.send_peer : mine.rank);
     bool lost = false;
     if (step.source <= RECEIVED) {
-      copy(step, piece, sent, lost);
+      copy(step, piece, lost);
     } else {
-      reduce(step, piece, sent, lost);
+      reduce(step, piece, lost);
     }
-    if (!Wire::HAS_FLAGS && has_send) refresh(sent);
+    if (!Wire::HAS_FLAGS) channel.for_receivers(step, [&](uint32_t peer) { refresh(channel.sent(peer)); });
     if (lost && lost_peer == NOBODY) lost_peer = step.recv_peer;
     return !lost;
   }
@@ -97,19 +95,20 @@ struct Move {
     return reinterpret_cast<uintptr_t>(address) % PACK_BYTES == 0;
   }
 
-  // Memory of elements, a whole pack or the part [low, high) of one.
+  // Memory of elements, a whole pack or the part [low, high) of one. Whole packs are of vectors that stream by; the cache is
+  // for staging.
   template <uint32_t W>
   static __device__ __forceinline__ Pack<T, W> load_own(const unsigned char* base, uint64_t at, uint32_t low, uint32_t high) {
     const T* from = reinterpret_cast<const T*>(base) + at;
     if constexpr (!Wire::HAS_FLAGS) return load_part<T, W>(from, low, high);
-    return load<T, W>(from);
+    return load<T, W, EVICT_FIRST>(from);
   }
   template <uint32_t W>
   static __device__ __forceinline__ void store_own(unsigned char* base, uint64_t at, const Pack<T, W>& pack, uint32_t low,
                                                    uint32_t high) {
     T* to = reinterpret_cast<T*>(base) + at;
     if constexpr (!Wire::HAS_FLAGS) return store_part<T, W>(to, pack, low, high);
-    store<T, W>(to, pack);
+    store<T, W, EVICT_FIRST>(to, pack);
   }
 
   // Elements as they are.
@@ -134,11 +133,37 @@ struct Move {
     }
   };
 
-  __device__ __forceinline__ void copy(const Step& step, const Piece& piece, const Slot& sent, bool& lost) {
+  // The own input to every peer, in words.
+  struct Spread {
+    Move& move;
+    uint64_t origin;
+
+    template <uint32_t W>
+    __device__ __forceinline__ Pack<T, W> load(uint64_t at, uint32_t low, uint32_t high) {
+      return load_own<W>(move.mine.input, at, low, high);
+    }
+    template <uint32_t W>
+    __device__ __forceinline__ void store(uint64_t at, const Pack<T, W>& pack, uint32_t, uint32_t) {
+      move.channel.for_peers([&](uint32_t peer) { Wire::template put<T, W>(move.channel.sent(peer), at - origin, pack); });
+    }
+  };
+
+  // Of a transfer to one peer; else meaningless.
+  __device__ __forceinline__ Slot sent_by(const Step& step) const {
+    return channel.sent(step.send_peer < EVERYBODY ? step.send_peer : mine.rank);
+  }
+
+  __device__ __forceinline__ void copy(const Step& step, const Piece& piece, bool& lost) {
+    if constexpr (!Wire::HAS_FLAGS) {
+      if (step.send_peer == EVERYBODY) {
+        Spread body = {*this, piece.origin};
+        return sweep<1>(piece, true, body);
+      }
+    }
     const unsigned char* from = step.source == INPUT ? mine.input : step.source == RESULT ? mine.output : nullptr;
     unsigned char* to = step.to_output && mine.output != from ? mine.output : nullptr;
     const Slot received = channel.received(step.recv_peer != NOBODY ? step.recv_peer : mine.rank);
-    Copy body = {*this, from, to, received, sent, step.send_peer != NOBODY, piece.origin, lost};
+    Copy body = {*this, from, to, received, sent_by(step), step.send_peer != NOBODY, piece.origin, lost};
     sweep<COPY_UNROLL>(piece, on_pack(from) && on_pack(to), body);
   }
 
@@ -264,10 +289,11 @@ struct Move {
     }
   };
 
-  __device__ __forceinline__ void reduce(const Step& step, const Piece& piece, const Slot& sent, bool& lost) {
+  // Sends to one peer at most.
+  __device__ __forceinline__ void reduce(const Step& step, const Piece& piece, bool& lost) {
     const Slot received = channel.received(step.recv_peer != NOBODY ? step.recv_peer : mine.rank);
-    Sum body = {*this, static_cast<Source>(step.source), step.send_peer != NOBODY, step.to_output != 0, received, sent,
-                piece.origin, lost};
+    Sum body = {*this, static_cast<Source>(step.source), step.send_peer != NOBODY, step.to_output != 0, received,
+                sent_by(step), piece.origin, lost};
     const bool aligned = on_pack(mine.input) && on_pack(mine.output) && on_pack(mine.cast_output);
     sweep<SUM_UNROLL<T>>(piece, aligned, body);
   }

@@ -24,17 +24,23 @@ struct alignas(W * sizeof(T) >= 16 ? 16 : W * sizeof(T)) Pack {
   T lanes[W];
 };
 
+// What the second-level cache is asked to do with a line: to keep it, or to give it up before others.
+enum Keep { CACHED, EVICT_FIRST };
+
 // `pack = memory` in accesses of 16 bytes where W elements fill them. Never the non-coherent path (`ld.global.nc`): peers
 // write staging while the kernel runs, and the compiler may move such a load above the wait. Addresses read from tables
 // are generic to the compiler; it is told that they are global.
-template <class T, uint32_t W>
+template <class T, uint32_t W, Keep KEEP = CACHED>
 DEVICE Pack<T, W> load(const T* from) {
   __builtin_assume(__isGlobal(from));
   Pack<T, W> pack;
   if constexpr (W * sizeof(T) % PACK_BYTES == 0) {
     uint4* words = reinterpret_cast<uint4*>(&pack);
 #pragma unroll
-    for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+    for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) {
+      const uint4* at = reinterpret_cast<const uint4*>(from) + i;
+      words[i] = KEEP == EVICT_FIRST ? __ldcs(at) : *at;
+    }
   } else {
 #pragma unroll
     for (uint32_t lane = 0; lane < W; ++lane) pack.lanes[lane] = from[lane];
@@ -44,15 +50,22 @@ DEVICE Pack<T, W> load(const T* from) {
 
 // One instruction for 16 bytes: written as an assignment, the compiler takes the words apart into stores of 4 bytes, each of
 // which makes a transaction for every sector of the warp's 512 bytes.
-template <class T, uint32_t W>
+template <class T, uint32_t W, Keep KEEP = CACHED>
 DEVICE void store(T* to, const Pack<T, W>& pack) {
   if constexpr (W * sizeof(T) % PACK_BYTES == 0) {
     const uint4* words = reinterpret_cast<const uint4*>(&pack);
 #pragma unroll
     for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) {
-      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(to) + i)),
-                   "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
-                   : "memory");
+      const auto at = __cvta_generic_to_global(reinterpret_cast<uint4*>(to) + i);
+      if constexpr (KEEP == EVICT_FIRST) {
+        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(words[i].x), "r"(words[i].y),
+                     "r"(words[i].z), "r"(words[i].w)
+                     : "memory");
+      } else {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(words[i].x), "r"(words[i].y),
+                     "r"(words[i].z), "r"(words[i].w)
+                     : "memory");
+      }
     }
   } else if constexpr (W * sizeof(T) == 8) {
     const uint2 words = reinterpret_cast<const uint2&>(pack);

@@ -28,6 +28,8 @@ pub const FLAG_STRIDE_BYTES: usize = 64;
 pub const SIGNALS: usize = 3;
 /// Stands for a peer where there is none.
 pub const NOBODY: u8 = 0xff;
+/// Stands for all peers, as those who receive a copy of the input, by [`Protocol::Words`].
+pub const EVERYBODY: u8 = 0xfe;
 
 /// How a chunk travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -119,15 +121,15 @@ pub enum Source {
 pub struct Step {
     /// Who sends, or [`NOBODY`].
     pub recv_peer: u8,
-    /// Who receives, or [`NOBODY`].
+    /// Who receives, or [`NOBODY`], or of a copy [`EVERYBODY`].
     pub send_peer: u8,
-    /// The chunk, by its owner; 0 in a broadcast.
+    /// The chunk, by its owner; 0 in a broadcast and in [`ONE_STEP`].
     pub chunk: u8,
     /// Code of a [`Source`].
     pub source: u8,
     /// 1: the own output gets it.
     pub to_output: u8,
-    /// 0 reduce-scatter, 1 all-gather, 2 broadcast; for fault records, as is `index`.
+    /// 0 reduce-scatter, 1 all-gather, 2 broadcast, [`ONE_STEP_PHASE`]; for fault records, as is `index`.
     pub phase: u8,
     /// Index of the schedule's step that receives, or else sends.
     pub index: u16,
@@ -333,9 +335,10 @@ pub const fn reduce_code(op: ReduceOp) -> u32 {
     }
 }
 
-/// Elements of a chunk that each of `channels` blocks moves: equal parts in whole packs of any element type.
-pub fn piece_elems(schedule: &Schedule, channels: u32) -> u64 {
-    (schedule.slot_elems() as u64).div_ceil(channels.max(1).into()).next_multiple_of(16).max(16)
+/// Elements that each of `channels` blocks moves of the largest chunk, which has `chunk_elems`: equal parts in whole packs of
+/// any element type.
+pub fn piece_elems(chunk_elems: u64, channels: u32) -> u64 {
+    chunk_elems.div_ceil(channels.max(1).into()).next_multiple_of(16).max(16)
 }
 
 /// What a slot must hold for pieces of `piece_elems`: a piece may begin up to 15 elements into it, and `wire_bytes` is the
@@ -350,17 +353,41 @@ pub fn slot_bytes(piece_elems: u64, wire_bytes: usize, protocol: Protocol) -> Op
 
 /// The shards of `schedule`. Of a broadcast there is one, which step tables call chunk 0.
 pub fn shards(schedule: &Schedule) -> Shards {
-    let blocks = match schedule.collective() {
-        Collective::Broadcast { .. } => Blocks { block_elems: schedule.len_elems(), per_shard: 1, extra: 0 },
-        _ => schedule.blocks(),
-    };
+    if let Collective::Broadcast { .. } = schedule.collective() {
+        return one_shard(schedule.len_elems());
+    }
+    let Blocks { block_elems, per_shard, extra } = schedule.blocks();
     Shards {
         len_elems: schedule.len_elems() as u64,
-        block_elems: blocks.block_elems as u64,
-        blocks_per_shard: blocks.per_shard as u64,
-        extra_blocks: blocks.extra as u64,
+        block_elems: block_elems as u64,
+        blocks_per_shard: per_shard as u64,
+        extra_blocks: extra as u64,
     }
 }
+
+/// The vector as a whole, which is chunk 0.
+pub fn one_shard(len_elems: usize) -> Shards {
+    Shards { len_elems: len_elems as u64, block_elems: len_elems as u64, blocks_per_shard: 1, extra_blocks: 0 }
+}
+
+/// Phase of the steps of [`ONE_STEP`].
+pub const ONE_STEP_PHASE: u32 = 3;
+
+/// The step table for an all-reduce of [`one_shard`] that goes to every rank at once: each sends its whole vector to
+/// all others and adds all of them in rank order, so that the bits are those of [`Algorithm::Direct`]. One trip over the links
+/// instead of two, for `N - 1` times the vector instead of `2 (N - 1) / N` times. Each link has one transfer a round. By [`Protocol::Words`].
+pub const ONE_STEP: [Step; 2] = {
+    let send = Step {
+        recv_peer: NOBODY,
+        send_peer: EVERYBODY,
+        chunk: 0,
+        source: Source::Input as u8,
+        to_output: 0,
+        phase: ONE_STEP_PHASE as u8,
+        index: 0,
+    };
+    [send, Step { send_peer: NOBODY, source: Source::All as u8, to_output: 1, ..send }]
+};
 
 /// The step table of `rank`: what it does in every round of `schedule`. Empty if there is no such rank or no round.
 pub fn steps(schedule: &Schedule, rank: u32) -> Vec<Step> {

@@ -435,7 +435,7 @@ impl Communicator {
         [input, output]: [u64; 2],
         finishing: Finishing,
     ) -> CollectiveArguments {
-        let (steps, table) = self.tables.of(&plan.schedule);
+        let (steps, table) = if plan.is_one_step { self.tables.one_step() } else { self.tables.of(&plan.schedule) };
         let mut arguments = CollectiveArguments {
             shards: plan.shards,
             rounds: plan.rounds,

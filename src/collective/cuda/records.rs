@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::page::Page;
 use super::stepped::Waits;
-use crate::abi::collective::{Awaited, FaultRecord, Reason};
+use crate::abi::collective::{Awaited, FaultRecord, ONE_STEP_PHASE, Reason};
 use crate::device::cuda::{Device, Pinned};
 use crate::error::{Error, Result};
 use crate::world::flag::reached;
@@ -158,12 +158,13 @@ fn place(record: &FaultRecord) -> String {
         Some(Awaited::Credit) => "a free slot",
         _ => "data",
     };
+    let FaultRecord { index, round, chunk, .. } = record;
     let phase = match record.phase {
         0 => "reduce-scatter",
         1 => "all-gather",
+        ONE_STEP_PHASE => return format!("one step, round {round}: waiting for {awaited}"),
         _ => "broadcast",
     };
-    let FaultRecord { index, round, chunk, .. } = record;
     format!("{phase} step {index}, round {round}, chunk {chunk}: waiting for {awaited}")
 }
 

@@ -1,7 +1,7 @@
 //! The step tables of one rank, on its device.
 
 use super::connect::upload;
-use crate::abi::collective::{Step, steps};
+use crate::abi::collective::{ONE_STEP, Step, steps};
 use crate::device::cuda::{Buffer, Device, View};
 use crate::error::Result;
 use crate::schedule::{Algorithm, Collective, Schedule};
@@ -10,7 +10,7 @@ use crate::world::World;
 /// Those of every collective by every algorithm: they depend on nothing else.
 pub(super) struct Tables {
     memory: Buffer,
-    /// The same for the host.
+    /// The same for the host: [`ONE_STEP`], then the others.
     all: Vec<Step>,
     /// First step and number of steps.
     places: Vec<(Collective, Algorithm, usize, usize)>,
@@ -19,7 +19,7 @@ pub(super) struct Tables {
 impl Tables {
     pub(super) fn new(device: &Device, world: &World) -> Result<Tables> {
         let (rank, world_size) = (world.rank(), world.world_size());
-        let mut all: Vec<Step> = Vec::new();
+        let mut all: Vec<Step> = ONE_STEP.to_vec();
         let mut places = Vec::new();
         let others = [Collective::AllReduce, Collective::ReduceScatter, Collective::AllGather];
         let collectives = others.into_iter().chain((0..world_size).map(|root| Collective::Broadcast { root }));
@@ -37,6 +37,11 @@ impl Tables {
     /// What lies on the device.
     pub(super) fn view(&self) -> View {
         self.memory.view()
+    }
+
+    /// That of an all-reduce that goes to everybody at once, and its address on the device.
+    pub(super) fn one_step(&self) -> (u64, &[Step]) {
+        (self.memory.address(), &self.all[..ONE_STEP.len()])
     }
 
     /// The table for `schedule`, and its address on the device.

@@ -176,8 +176,8 @@ fn a_root_whose_elements_are_not_taken_waits_for_a_free_slot() {
 fn a_term_that_does_not_come_is_waited_for_in_reduce_scatter() {
     let stall = Stall {
         reduces: true,
-        len_elems: 200,
-        sound_elems: [100, 200],
+        len_elems: 20_000,
+        sound_elems: [10_000, 20_000],
         place: "reduce-scatter step 0, round 0, chunk 1: waiting for data",
         generations: [1, 0],
         ..WORDS
@@ -185,12 +185,26 @@ fn a_term_that_does_not_come_is_waited_for_in_reduce_scatter() {
     stall.test("a_term_that_does_not_come_is_waited_for_in_reduce_scatter");
 }
 
+/// The second half of what rank 0 sends, in the one step of a short vector.
+#[test]
+fn a_term_that_does_not_come_is_waited_for_in_one_step() {
+    let stall = Stall {
+        reduces: true,
+        len_elems: 200,
+        sound_elems: [100, 200],
+        place: "one step, round 0: waiting for data",
+        generations: [1, 0],
+        ..WORDS
+    };
+    stall.test("a_term_that_does_not_come_is_waited_for_in_one_step");
+}
+
 /// Rank 1's shard of the sum, which it has no room for.
 const NO_ROOM: Stall = Stall {
     reduces: true,
-    len_elems: 200,
+    len_elems: 20_000,
     stops: 1,
-    sound_elems: [200, 100],
+    sound_elems: [20_000, 10_000],
     place: "all-gather step 1, round 0, chunk 1: waiting for data",
     generations: [2, 1],
     ..WORDS

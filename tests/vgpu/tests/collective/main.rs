@@ -34,6 +34,11 @@ fn seeded(seed: u64) -> Options {
     Options { seed, ..Options::default() }
 }
 
+/// An all-reduce that goes to everybody at once.
+fn one_step(len_elems: usize) -> Operation {
+    Operation { one_step: true, ..Operation::new(Collective::AllReduce, Algorithm::Direct, len_elems) }
+}
+
 #[track_caller]
 fn check<T: Element>(module: &Module, shape: Shape, operation: &Operation, seed: u64) {
     let inputs = inputs::<T>(operation, shape.world_size, rough);
@@ -63,6 +68,36 @@ fn every_element_type_and_reduction_by_every_algorithm_and_protocol() {
     check_type::<i32>(&module);
     check_type::<i64>(&module);
     check_type::<u8>(&module);
+}
+
+#[test]
+fn one_step_gives_the_bits_of_direct_for_every_type_world_and_length() {
+    fn check_type<T: Element>(module: &Module) {
+        let mut seed = 0;
+        for op in reductions::<T>() {
+            for in_place in [true, false] {
+                seed += 1;
+                let shape = Shape { slot_bytes: 1024, protocol: Protocol::Words, ..Shape::new(3) };
+                let operation = Operation { op, in_place, round_elems: 48, shift_elems: 1, ..one_step(157) };
+                check::<T>(module, shape, &operation, seed);
+            }
+        }
+    }
+    let module = module();
+    check_type::<f32>(&module);
+    check_type::<f16>(&module);
+    check_type::<bf16>(&module);
+    check_type::<f64>(&module);
+    check_type::<i32>(&module);
+    check_type::<i64>(&module);
+    check_type::<u8>(&module);
+    for (seed, world_size) in (0..).zip([2, 4, 5, 8]) {
+        for len_elems in [1, 403] {
+            let (slots, protocol) = (2 + seed as u32 % 2, Protocol::Words);
+            let shape = Shape { channels: 3, slots, protocol, threads: 64, ..Shape::new(world_size) };
+            check::<f32>(&module, shape, &one_step(len_elems), seed);
+        }
+    }
 }
 
 #[test]
@@ -153,6 +188,10 @@ fn one_group_runs_operation_after_operation() {
                 in_place: i % 2 == 0,
                 ..Operation::new(collective, ALGORITHMS[i / 4 % 2], 3 * (50 + 30 * (i % 5)))
             };
+            // Among the others, on the same links.
+            let is_one_step = (collective, operation.algorithm, protocol)
+                == (Collective::AllReduce, Algorithm::Direct, Protocol::Words);
+            let operation = Operation { one_step: is_one_step, ..operation };
             let inputs = inputs::<f32>(&operation, 3, rough);
             let outcome = trial(&mut world, &module, &operation, &inputs, &seeded(i as u64), i % 3 == 0);
             outcome.unwrap_or_else(|failure| panic!("operation {i}, {protocol:?}: {failure}"));

@@ -1,8 +1,8 @@
 //! Ranks on virtual devices, their links and memory, and one operation on all of them under the race detector.
 
 use annulus::abi::collective::{
-    CollectiveArguments, FLAG_STRIDE_BYTES, FaultRecord, Link, Progress, Protocol, RankArguments, RankState, Step,
-    collective_entry, piece_elems, reduce_code, shards, slot_bytes, steps,
+    CollectiveArguments, FLAG_STRIDE_BYTES, FaultRecord, Link, ONE_STEP, Progress, Protocol, RankArguments, RankState,
+    Step, collective_entry, one_shard, piece_elems, reduce_code, shards, slot_bytes, steps,
 };
 use annulus::schedule::{Algorithm, Collective, Schedule};
 use annulus::{Element, ReduceOp};
@@ -40,6 +40,8 @@ pub struct Operation {
     pub round_elems: usize,
     pub native_partials: bool,
     pub in_place: bool,
+    /// All to everybody at once; an all-reduce by Direct.
+    pub one_step: bool,
     /// Elements between a 16-byte boundary and the buffers.
     pub shift_elems: usize,
     pub descriptor: u32,
@@ -56,6 +58,7 @@ impl Operation {
             round_elems: 64,
             native_partials: false,
             in_place: true,
+            one_step: false,
             shift_elems: 0,
             descriptor: 0x5eed,
             timeout_ns: PATIENCE_NS,
@@ -181,10 +184,12 @@ impl World {
         epilogue: Epilogue,
     ) -> CollectiveArguments {
         let (shape, schedule) = (self.shape, operation.schedule(self.shape.world_size));
-        let piece_elems = piece_elems(&schedule, shape.channels);
+        let largest = if operation.one_step { operation.len_elems } else { schedule.slot_elems() } as u64;
+        let round_elems = operation.round_elems as u64;
+        let piece_elems = piece_elems(largest.min(round_elems), shape.channels);
         let wire_bytes = if T::DTYPE.is_half() && !operation.native_partials { 4 } else { size_of::<T>() };
         assert!(slot_bytes(piece_elems, wire_bytes, shape.protocol).unwrap() <= shape.slot_bytes);
-        let table: Vec<Step> = steps(&schedule, rank);
+        let table: Vec<Step> = if operation.one_step { ONE_STEP.to_vec() } else { steps(&schedule, rank) };
         let factor = if let ReduceOp::PremulSum(factor) = operation.op { factor } else { 0.0 };
         // Shards alone lie where their vector would have them.
         let shard_bytes = schedule.shard(rank).offset_elems as u64 * size_of::<T>() as u64;
@@ -196,9 +201,9 @@ impl World {
             output = output.wrapping_sub(shard_bytes);
         }
         let mut arguments = CollectiveArguments {
-            shards: shards(&schedule),
-            rounds: schedule.rounds(),
-            round_elems: operation.round_elems as u64,
+            shards: if operation.one_step { one_shard(operation.len_elems) } else { shards(&schedule) },
+            rounds: if operation.one_step { largest.div_ceil(round_elems) } else { schedule.rounds() },
+            round_elems,
             piece_elems,
             slot_bytes: shape.slot_bytes,
             timeout_ns: operation.timeout_ns,

@@ -20,6 +20,7 @@ fn arithmetic() -> Vec<Row> {
         row("neg.s64", |(a,): (i64,)| (-i128::from(a)) as i64),
         row("mul.lo.s32", |(a, b): (i32, i32)| (i64::from(a) * i64::from(b)) as i32),
         row("mul.lo.s64", |(a, b): (i64, i64)| (i128::from(a) * i128::from(b)) as i64),
+        row("mul.wide.u16", |(a, b): (u16, u16)| u32::from(a) * u32::from(b)),
         row("mul.wide.s32", |(a, b): (i32, i32)| i64::from(a) * i64::from(b)),
         row("mul.wide.u32", |(a, b): (u32, u32)| u64::from(a) * u64::from(b)),
         row("mad.lo.s32", |(a, b, c): (i32, i32, i32)| (i128::from(a) * i128::from(b) + i128::from(c)) as i32),
