@@ -39,6 +39,8 @@ pub mod collective;
 pub mod device;
 pub mod dtype;
 pub mod error;
+#[cfg(target_arch = "x86_64")]
+mod f16c;
 pub mod kernels;
 pub mod ops;
 pub mod reference;

@@ -149,7 +149,7 @@ impl Lane for f16 {
         #[cfg(target_arch = "x86_64")]
         if LEVEL >= AVX2 {
             // SAFETY: the caller runs at this level only where the processor has F16C.
-            return unsafe { f16c::widen(from) };
+            return unsafe { crate::f16c::widen(from) };
         }
         std::array::from_fn(|i| from[i].to_f32_const())
     }
@@ -159,53 +159,8 @@ impl Lane for f16 {
         #[cfg(target_arch = "x86_64")]
         if LEVEL >= AVX2 {
             // SAFETY: the caller runs at this level only where the processor has F16C.
-            return unsafe { f16c::narrow(from) };
+            return unsafe { crate::f16c::narrow(from) };
         }
         std::array::from_fn(|i| f16::from_f32_const(from[i]))
-    }
-}
-
-/// The processor's own conversions; `half` gives the same bits without them.
-#[cfg(target_arch = "x86_64")]
-mod f16c {
-    use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
-        _mm256_loadu_ps, _mm256_storeu_ps,
-    };
-
-    use half::f16;
-
-    use super::WIDTH;
-
-    /// # Safety
-    /// The processor has AVX and F16C.
-    #[target_feature(enable = "avx,f16c")]
-    #[inline]
-    pub(super) unsafe fn widen(from: &[f16; WIDTH]) -> [f32; WIDTH] {
-        let mut to = [0.0; WIDTH];
-        for i in (0..WIDTH).step_by(8) {
-            // SAFETY: 8 elements from `i` on lie inside both arrays; the accesses need no alignment.
-            unsafe {
-                let half = _mm_loadu_si128(from.as_ptr().add(i).cast());
-                _mm256_storeu_ps(to.as_mut_ptr().add(i), _mm256_cvtph_ps(half));
-            }
-        }
-        to
-    }
-
-    /// # Safety
-    /// The processor has AVX and F16C.
-    #[target_feature(enable = "avx,f16c")]
-    #[inline]
-    pub(super) unsafe fn narrow(from: &[f32; WIDTH]) -> [f16; WIDTH] {
-        let mut to = [f16::ZERO; WIDTH];
-        for i in (0..WIDTH).step_by(8) {
-            // SAFETY: as in `widen`.
-            unsafe {
-                let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(from.as_ptr().add(i)));
-                _mm_storeu_si128(to.as_mut_ptr().add(i).cast(), half);
-            }
-        }
-        to
     }
 }

@@ -157,7 +157,7 @@ impl Lane for f16 {
     fn widen_block(block: &[f16; BLOCK_ELEMS], level: Level) -> [f32; BLOCK_ELEMS] {
         if Self::has_blocks(level) {
             // SAFETY: a level above `Portable` comes from `dispatch`, which has found its features.
-            return unsafe { f16c::widen(block) };
+            return unsafe { crate::f16c::widen(block) };
         }
         block.map(f16::widen)
     }
@@ -166,7 +166,7 @@ impl Lane for f16 {
     fn narrow_block(wide: &[f32; BLOCK_ELEMS], level: Level) -> [f16; BLOCK_ELEMS] {
         if Self::has_blocks(level) {
             // SAFETY: as above.
-            return unsafe { f16c::narrow(wide) };
+            return unsafe { crate::f16c::narrow(wide) };
         }
         wide.map(f16::narrow)
     }
@@ -187,46 +187,6 @@ impl Lane for f16 {
     #[inline(always)]
     fn narrow_saturating(value: f32) -> f16 {
         f16::from_bits(finite(f16::narrow(value).to_bits(), 0x7c00))
-    }
-}
-
-/// The processor's conversions; the same bits as [`Lane::widen`] and [`Lane::narrow`].
-#[cfg(target_arch = "x86_64")]
-mod f16c {
-    use std::arch::x86_64::{
-        _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
-        _mm256_loadu_ps, _mm256_storeu_ps,
-    };
-
-    use super::{BLOCK_ELEMS, f16};
-
-    /// # Safety
-    /// The processor has AVX and F16C.
-    #[target_feature(enable = "avx,f16c")]
-    #[inline]
-    pub(super) unsafe fn widen(block: &[f16; BLOCK_ELEMS]) -> [f32; BLOCK_ELEMS] {
-        let mut wide = [0.0; BLOCK_ELEMS];
-        for (wide, x) in wide.as_chunks_mut::<8>().0.iter_mut().zip(block.as_chunks::<8>().0) {
-            // SAFETY: eight elements of each; neither access needs alignment.
-            unsafe { _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
-        }
-        wide
-    }
-
-    /// # Safety
-    /// The processor has AVX and F16C.
-    #[target_feature(enable = "avx,f16c")]
-    #[inline]
-    pub(super) unsafe fn narrow(wide: &[f32; BLOCK_ELEMS]) -> [f16; BLOCK_ELEMS] {
-        let mut block = [f16::ZERO; BLOCK_ELEMS];
-        for (x, wide) in block.as_chunks_mut::<8>().0.iter_mut().zip(wide.as_chunks::<8>().0) {
-            // SAFETY: as above.
-            unsafe {
-                let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(wide.as_ptr()));
-                _mm_storeu_si128(x.as_mut_ptr().cast(), half);
-            }
-        }
-        block
     }
 }
 
