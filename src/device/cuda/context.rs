@@ -100,7 +100,7 @@ impl Device {
 
     /// Whether both are the same device of the machine.
     pub fn is_same(&self, other: &Device) -> bool {
-        self.0.uuid == other.0.uuid
+        Arc::ptr_eq(&self.0, &other.0) || self.0.uuid == other.0.uuid
     }
 
     /// Compute capability, major and minor.

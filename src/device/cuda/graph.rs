@@ -112,7 +112,7 @@ impl Capture {
         self.0.thread == std::thread::current().id()
     }
 
-    pub(super) fn keep<T: Clone + Any + Send + Sync>(&self, owner: &T) {
+    pub(crate) fn keep<T: Clone + Any + Send + Sync>(&self, owner: &T) {
         if let Some(kept) = &mut *self.kept() {
             kept.push(Box::new(owner.clone()));
         }

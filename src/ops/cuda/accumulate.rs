@@ -3,7 +3,7 @@
 use bytemuck::Zeroable;
 
 use super::cast::{ELEMENTWISE, pairs_table};
-use super::table::{Region, SINGLES, Table, check_apart, pair_regions};
+use super::table::{Outline, SINGLES, Table, check_apart, pair_regions};
 use crate::abi::{AccumulateArguments, CHUNK_ELEMS, ChunkRange, MAX_STAGED, StagedTensor};
 use crate::device::cuda::{Kernels, Stream, View};
 use crate::error::{Error, Result};
@@ -71,34 +71,50 @@ pub fn contribute(
     contribution: Contribution,
     factor: f32,
 ) -> Result<()> {
-    pairs.chunks(MAX_STAGED).try_for_each(|pairs| launch(kernels, stream, pairs, contribution, factor))
+    contribute_each(kernels, stream, pairs.iter().map(|(src, dst)| (src, dst)), contribution, factor)
 }
 
-fn launch(
+/// As [`contribute`], of pairs that lie anywhere on the host.
+///
+/// # Errors
+/// As [`contribute`].
+pub(crate) fn contribute_each<'v>(
     kernels: &Kernels,
     stream: &Stream,
-    pairs: &[(View, View)],
+    mut pairs: impl Iterator<Item = (&'v View, &'v View)> + Clone,
     contribution: Contribution,
     factor: f32,
 ) -> Result<()> {
+    while launch(kernels, stream, pairs.clone().take(MAX_STAGED), contribution, factor)? == MAX_STAGED {
+        pairs.nth(MAX_STAGED - 1);
+    }
+    Ok(())
+}
+
+/// One launch, of [`MAX_STAGED`] pairs at most, or none if there is nothing in them; how many pairs there were.
+fn launch<'v>(
+    kernels: &Kernels,
+    stream: &Stream,
+    pairs: impl Iterator<Item = (&'v View, &'v View)> + Clone,
+    contribution: Contribution,
+    factor: f32,
+) -> Result<usize> {
     let mut arguments = AccumulateArguments { factor, ..AccumulateArguments::zeroed() };
-    let mut regions = [Region::default(); 2 * MAX_STAGED];
-    let (mut len_staged, mut len_regions, mut len_chunks) = (0, 0, 0);
-    for (tensor, (src, dst)) in pairs.iter().enumerate() {
-        let (target, source) = pair_regions(kernels.device(), tensor, (src, dst), [SINGLES, SINGLES])?;
+    let mut outline = Outline::new();
+    let (mut len_pairs, mut len_staged, mut len_chunks) = (0, 0, 0);
+    for (src, dst) in pairs.clone() {
+        let (target, source) = pair_regions(kernels.device(), len_pairs, (src, dst), [SINGLES, SINGLES])?;
+        len_pairs += 1;
         if src.is_empty() {
             continue;
         }
-        for region in [Some(target), source].into_iter().flatten() {
-            regions[len_regions] = region;
-            len_regions += 1;
-        }
+        outline.extend(&target, source.as_ref());
         let len_elems = src.len_elems() as u64;
         arguments.staged[len_staged] = StagedTensor {
-            src: src.address(),
-            dst: dst.address(),
+            src: source.as_ref().unwrap_or(&target).address(), // no source: it is the target
+            dst: target.address(),
             len_elems,
-            first_chunk: u32::try_from(len_chunks).map_err(|_| too_long(pairs))?,
+            first_chunk: u32::try_from(len_chunks).map_err(|_| too_long(pairs.clone()))?,
             src_dtype: src.dtype() as u16,
             dst_dtype: dst.dtype() as u16,
         };
@@ -106,23 +122,33 @@ fn launch(
         len_chunks += len_elems.div_ceil(CHUNK_ELEMS as u64);
     }
     if len_staged == 0 {
-        return Ok(());
+        return Ok(len_pairs);
     }
-    check_apart(&mut regions[..len_regions])?;
+    if !outline.is_apart() {
+        let mut regions = Vec::with_capacity(2 * len_staged);
+        for (tensor, (src, dst)) in pairs.clone().enumerate().filter(|(_, (src, _))| !src.is_empty()) {
+            let (target, source) = pair_regions(kernels.device(), tensor, (src, dst), [SINGLES, SINGLES])?;
+            regions.extend([Some(target), source].into_iter().flatten());
+        }
+        check_apart(&mut regions)?;
+    }
     // The last chunk has a number, too.
-    u32::try_from(len_chunks - 1).map_err(|_| too_long(pairs))?;
+    u32::try_from(len_chunks - 1).map_err(|_| too_long(pairs.clone()))?;
     arguments.len_staged = len_staged as u32;
     arguments.range = ChunkRange { chunks: 0, first_chunk: 0, len_chunks };
-    pairs.iter().for_each(|pair| stream.keep(pair));
+    if let Some(capture) = stream.open_capture() {
+        pairs.for_each(|(src, dst)| capture.keep(&(src.clone(), dst.clone())));
+    }
     let shape = ELEMENTWISE.shape(kernels, len_chunks);
     // SAFETY: the kernel's own argument, of views that were checked; private memory is freed behind the kernel, an arena outlives
     // its ranges, and of foreign memory its caller has promised it.
-    unsafe { kernels.launch(contribution.kernel(), shape, stream, &arguments) }
+    unsafe { kernels.launch(contribution.kernel(), shape, stream, &arguments) }?;
+    Ok(len_pairs)
 }
 
 #[cold]
-fn too_long(pairs: &[(View, View)]) -> Error {
-    let longest = pairs.iter().map(|(src, _)| src.len_elems()).max();
-    let detail = format!("{} tensors, the longest of {longest:?} elements", pairs.len());
+fn too_long<'v>(pairs: impl Iterator<Item = (&'v View, &'v View)> + Clone) -> Error {
+    let longest = pairs.clone().map(|(src, _)| src.len_elems()).max();
+    let detail = format!("{} tensors, the longest of {longest:?} elements", pairs.count());
     Error::SizeOverflow { what: "chunks of tensors to stage", detail }
 }

@@ -35,6 +35,7 @@ mod record;
 mod scaler;
 mod table;
 
+pub(crate) use accumulate::contribute_each;
 pub use accumulate::{Contribution, Contributions, contribute};
 pub use cast::{CastList, ClipList, StochasticCastList};
 pub use combine::{Measure, Signal, Skip};

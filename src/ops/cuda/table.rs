@@ -17,7 +17,7 @@ pub(super) const SINGLES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
 pub(super) const HALVES: &[DType] = &[DType::F16, DType::BF16];
 
 /// Memory that a launch reads or writes.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Region {
     begin: u64,
     end: u64,
@@ -26,6 +26,10 @@ pub(super) struct Region {
 }
 
 impl Region {
+    pub fn address(&self) -> u64 {
+        self.begin
+    }
+
     fn of(view: &View, tensor: usize, is_written: bool) -> Region {
         let begin = view.address();
         Region { begin, end: begin + view.len_bytes() as u64, tensor, is_written }
@@ -122,10 +126,61 @@ pub(super) fn check_apart(regions: &mut [Region]) -> Result<()> {
     Ok(())
 }
 
+/// Where the regions of a launch lie, as far as it takes no sorting to tell: whether they are clearly apart, which those of a
+/// bucket's gradients nearly always are, as they follow one another in it and come from elsewhere.
+pub(super) struct Outline {
+    read: Hull,
+    written: Hull,
+    /// A target began or ended among those before it. It may still be apart from each.
+    is_unclear: bool,
+}
+
+/// From the begin of the first of some regions to the end of the last.
+#[derive(Clone, Copy)]
+struct Hull {
+    begin: u64,
+    end: u64,
+}
+
+impl Hull {
+    /// Of no regions: apart from everything.
+    const EMPTY: Hull = Hull { begin: u64::MAX, end: 0 };
+
+    fn is_apart(self, other: Hull) -> bool {
+        self.end <= other.begin || other.end <= self.begin
+    }
+
+    fn extend(&mut self, other: Hull) {
+        *self = Hull { begin: self.begin.min(other.begin), end: self.end.max(other.end) };
+    }
+}
+
+impl Outline {
+    pub fn new() -> Outline {
+        Outline { read: Hull::EMPTY, written: Hull::EMPTY, is_unclear: false }
+    }
+
+    /// Adds what [`pair_regions`] tells of a pair.
+    pub fn extend(&mut self, target: &Region, source: Option<&Region>) {
+        let hull = |region: &Region| Hull { begin: region.begin, end: region.end };
+        self.is_unclear |= !hull(target).is_apart(self.written);
+        self.written.extend(hull(target));
+        if let Some(source) = source {
+            self.read.extend(hull(source));
+        }
+    }
+
+    /// Whether [`check_apart`] would find nothing. If not, it may still find nothing.
+    pub fn is_apart(&self) -> bool {
+        !self.is_unclear && self.read.is_apart(self.written)
+    }
+}
+
 /// What one pair of a list uses, as [`Operands::pair`] takes it: its target, and its source unless that is the same memory.
 ///
 /// # Errors
 /// As [`Operands::pair`].
+#[inline]
 pub(super) fn pair_regions(
     device: &Device,
     tensor: usize,
@@ -135,8 +190,9 @@ pub(super) fn pair_regions(
     check_length("target", tensor, src.len_elems(), dst)?;
     check_operand("target", device, tensor, dst, accepted[1])?;
     check_operand("source", device, tensor, src, accepted[0])?;
-    let is_in_place = src.address() == dst.address() && src.dtype() == dst.dtype();
-    Ok((Region::of(dst, tensor, true), (!is_in_place).then(|| Region::of(src, tensor, false))))
+    let (target, source) = (Region::of(dst, tensor, true), Region::of(src, tensor, false));
+    let is_in_place = source.begin == target.begin && src.dtype() == dst.dtype();
+    Ok((target, (!is_in_place).then_some(source)))
 }
 
 fn overlap(one: usize, other: usize) -> Error {
@@ -150,34 +206,36 @@ fn overlap(one: usize, other: usize) -> Error {
 /// Fails unless `view` is on `device`, and of a dtype that is `accepted`.
 fn check_operand(what: &'static str, device: &Device, tensor: usize, view: &View, accepted: &[DType]) -> Result<()> {
     check_device(what, device, view)?;
-    if !accepted.contains(&view.dtype()) {
-        return Err(Error::Unsupported { op: format!("{what} of tensor {tensor}"), dtype: view.dtype() });
-    }
-    Ok(())
+    if accepted.contains(&view.dtype()) { Ok(()) } else { Err(unsupported(what, tensor, view)) }
+}
+
+#[cold]
+fn unsupported(what: &'static str, tensor: usize, view: &View) -> Error {
+    Error::Unsupported { op: format!("{what} of tensor {tensor}"), dtype: view.dtype() }
 }
 
 /// Fails unless `view` is on `device`.
 pub(super) fn check_device(what: &'static str, device: &Device, view: &View) -> Result<()> {
-    if view.device().is_same(device) {
-        return Ok(());
-    }
-    Err(Error::InvalidArgument {
+    if view.device().is_same(device) { Ok(()) } else { Err(elsewhere(what, view)) }
+}
+
+#[cold]
+fn elsewhere(what: &'static str, view: &View) -> Error {
+    Error::InvalidArgument {
         argument: what,
         value: format!("a view of device {}", view.device().ordinal()),
         accepted: "must be on the device that the kernels are loaded on",
-    })
+    }
 }
 
 /// Fails unless `view` has as many elements as the rest of its tensor.
 pub(super) fn check_length(what: &'static str, tensor: usize, expected_elems: usize, view: &View) -> Result<()> {
-    if view.len_elems() == expected_elems {
-        return Ok(());
-    }
-    Err(Error::LengthMismatch {
-        what: format!("{what} of tensor {tensor}"),
-        expected_elems,
-        actual_elems: view.len_elems(),
-    })
+    if view.len_elems() == expected_elems { Ok(()) } else { Err(mismatch(what, tensor, expected_elems, view)) }
+}
+
+#[cold]
+fn mismatch(what: &'static str, tensor: usize, expected_elems: usize, view: &View) -> Error {
+    Error::LengthMismatch { what: format!("{what} of tensor {tensor}"), expected_elems, actual_elems: view.len_elems() }
 }
 
 /// How a kernel is launched over chunks.
@@ -293,5 +351,47 @@ impl Table {
         stream.keep(&self.kept);
         // SAFETY: the caller's promise.
         unsafe { self.kernels.launch(kernel, grid.shape(&self.kernels, len_chunks), stream, arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn region(tensor: usize, begin: u64, len: u64, is_written: bool) -> Region {
+        Region { begin, end: begin + len, tensor, is_written }
+    }
+
+    #[test]
+    fn gradients_of_a_bucket_are_clearly_apart() {
+        for (up, sources) in [(true, 10_000), (false, 10_000), (true, 0), (false, 0)] {
+            let mut outline = Outline::new();
+            for tensor in 0..64 {
+                let at = if up { tensor } else { 63 - tensor };
+                let target = region(tensor as usize, 5_000 + 64 * at, 64, true);
+                let source = region(tensor as usize, sources + 32 * ((7 * tensor) % 64), 32, false);
+                outline.extend(&target, Some(&source));
+            }
+            assert!(outline.is_apart());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_clearly_apart_is_apart(
+            pairs in prop::collection::vec((0_u64..400, 1_u64..20, prop::option::of((0_u64..400, 1_u64..20))), 0..8)
+        ) {
+            let (mut outline, mut regions) = (Outline::new(), Vec::new());
+            for (tensor, (begin, len, source)) in pairs.into_iter().enumerate() {
+                let target = region(tensor, begin, len, true);
+                let source = source.map(|(begin, len)| region(tensor, begin, len, false));
+                outline.extend(&target, source.as_ref());
+                regions.extend([Some(target), source].into_iter().flatten());
+            }
+            let is_apart = check_apart(&mut regions).is_ok();
+            prop_assert!(is_apart || !outline.is_apart());
+        }
     }
 }

@@ -1,8 +1,10 @@
 //! Backward on a device: gradients into buckets, full buckets into reduction, all of it enqueued.
 
+use std::cmp::Reverse;
+
 use super::backend::DeviceBackend;
 use super::memory::DeviceMemory;
-use super::stage::Stage;
+use super::stage::{Stage, take_device};
 use super::watch::Part;
 use crate::device::cuda::{Event, Stream, View};
 use crate::dtype::{DType, ReduceOp};
@@ -34,8 +36,8 @@ pub(crate) struct DeviceGradients {
 struct Arrival {
     bucket: usize,
     replaces: bool,
-    /// Of the parameter.
-    index: usize,
+    /// Of the parameter: the last first, as they follow one another in a bucket, and as a backward pass mostly finishes them.
+    index: Reverse<usize>,
     /// Among those that came.
     at: usize,
 }
@@ -133,19 +135,19 @@ impl DeviceBackward<'_> {
             let GradientSource { parameter, gradient } = source;
             let index = self.gradients.expect(self.number, self.gate, parameter, gradient.len_elems())?;
             let (bucket, replaces) = (self.gradients.bucket_of(index), !self.gradients.has(index));
-            order.push(Arrival { bucket, replaces, index, at });
+            order.push(Arrival { bucket, replaces, index: Reverse(index), at });
         }
         order.sort_unstable();
         if let Some(twice) = order.windows(2).find(|pair| pair[0].index == pair[1].index) {
-            return Err(self.gradients.second(twice[0].index));
+            return Err(self.gradients.second(twice[0].index.0));
         }
         for arrived in order.chunk_by(|one, other| (one.bucket, one.replaces) == (other.bucket, other.replaces)) {
-            let DeviceGradients { stage, gradients, .. } = on_device(&mut self.gradients.memory)?;
-            let pair = |arrival: &Arrival| (given[arrival.at].gradient.clone(), gradients[arrival.index].clone());
-            stage.take_device(self.backend, arrived.iter().map(pair), arrived[0].replaces)?;
+            let gradients = &on_device(&mut self.gradients.memory)?.gradients;
+            let pair = |arrival: &Arrival| (&given[arrival.at].gradient, &gradients[arrival.index.0]);
+            take_device(self.backend, arrived.iter().map(pair), arrived[0].replaces)?;
             for arrival in arrived {
-                self.gradients.touch(arrival.index);
-                self.gradients.set_ready(arrival.index);
+                self.gradients.touch(arrival.index.0);
+                self.gradients.set_ready(arrival.index.0);
             }
             self.launch_full()?;
         }
@@ -255,8 +257,8 @@ impl DeviceReceiver for DeviceBackward<'_> {
         if let Some(ready) = ready {
             self.backend.compute().wait(ready)?;
         }
-        self.take(parameter, gradient.len_elems(), is_last, |stage, backend, to, replaces| {
-            stage.take_device(backend, std::iter::once((gradient.clone(), to.clone())), replaces)
+        self.take(parameter, gradient.len_elems(), is_last, |_, backend, to, replaces| {
+            take_device(backend, std::iter::once((gradient, to)), replaces)
         })
     }
 

@@ -6,7 +6,7 @@ use crate::device::cuda::{Staging, View};
 use crate::dtype::{DType, Element};
 use crate::error::Result;
 use crate::ops::Slice;
-use crate::ops::cuda::{Contribution, contribute};
+use crate::ops::cuda::{Contribution, contribute_each};
 
 /// Of one module's gradients.
 #[derive(Debug)]
@@ -17,8 +17,6 @@ pub(super) struct Stage {
     /// longest parameter.
     landing: Vec<DeviceMemory>,
     longest_elems: usize,
-    /// Sources and targets on the device of the next launch.
-    waiting: Vec<(View, View)>,
 }
 
 impl Stage {
@@ -27,7 +25,6 @@ impl Stage {
             staging: Staging::new(&place.device, place.timeout),
             landing: Vec::new(),
             longest_elems: gradients.iter().map(View::len_elems).max().unwrap_or(0),
-            waiting: Vec::with_capacity(gradients.len()),
         }
     }
 
@@ -47,7 +44,7 @@ impl Stage {
         }
         let landing = self.landing(backend, T::DTYPE)?.slice(0, elements.len())?;
         self.staging.upload(elements, &landing, backend.compute())?;
-        self.take_device(backend, std::iter::once((landing, to.clone())), replaces)
+        take_device(backend, std::iter::once((&landing, to)), replaces)
     }
 
     /// One for all parameters: what is put there is used, in the order of the compute stream, before the next is.
@@ -60,19 +57,15 @@ impl Stage {
         self.landing.push(memory);
         Ok(view)
     }
+}
 
-    /// Copies or adds gradients on the device to their places, as one launch for each 64.
-    pub fn take_device(
-        &mut self,
-        backend: &DeviceBackend,
-        pairs: impl Iterator<Item = (View, View)>,
-        replaces: bool,
-    ) -> Result<()> {
-        self.waiting.extend(pairs);
-        let staged = contribute(&backend.kernels, backend.compute(), &self.waiting, contribution(replaces), 1.0);
-        self.waiting.clear();
-        staged
-    }
+/// Copies or adds gradients on the device to their places, as one launch for each 64.
+pub(super) fn take_device<'v>(
+    backend: &DeviceBackend,
+    pairs: impl Iterator<Item = (&'v View, &'v View)> + Clone,
+    replaces: bool,
+) -> Result<()> {
+    contribute_each(&backend.kernels, backend.compute(), pairs, contribution(replaces), 1.0)
 }
 
 const fn contribution(replaces: bool) -> Contribution {
