@@ -8,8 +8,8 @@ use super::bindings::Answer;
 use super::context::Device;
 use crate::error::{Error, Result};
 
-/// Looks without a pause: a small kernel is done within them.
-const EAGER_LOOKS: u32 = 200;
+/// How long it looks without a pause: a small kernel is done by then.
+const EAGER: Duration = Duration::from_micros(200);
 const FIRST_PAUSE: Duration = Duration::from_micros(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 
@@ -19,20 +19,20 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 /// [`Error::TimedOut`] after `timeout`; what the driver answers.
 pub(super) fn until_ready(device: &Device, stream: &str, timeout: Duration, ask: impl Fn() -> Answer) -> Result<()> {
     let start = Instant::now();
-    let (mut looks, mut pause) = (0, FIRST_PAUSE);
+    let mut pause = FIRST_PAUSE;
     loop {
         let answer = ask();
         if !answer.is(CUresult::CUDA_ERROR_NOT_READY) {
             return device.check(answer);
         }
-        if start.elapsed() >= timeout {
+        let waited = start.elapsed();
+        if waited >= timeout {
             return Err(Error::timed_out(format_args!("the work of stream {stream}"), timeout));
         }
-        looks += 1;
-        if looks <= EAGER_LOOKS {
+        if waited < EAGER {
             std::hint::spin_loop();
         } else {
-            std::thread::sleep(pause.min(timeout.saturating_sub(start.elapsed())));
+            std::thread::sleep(pause.min(timeout.saturating_sub(waited)));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }

@@ -24,6 +24,8 @@ use crate::error::{Error, Result};
 /// Norms whose records are kept.
 pub(super) const LEN_RECORDS: u32 = 64;
 
+/// How long a wait looks without sleeping: many norms are there by then, and a sleep would last longer than they take.
+const EAGER: Duration = Duration::from_micros(200);
 const LOOK_PAUSE: Duration = Duration::from_micros(50);
 
 const RECORD_WORDS: usize = size_of::<NormRecord>() / 4;
@@ -143,14 +145,15 @@ impl Ticket {
             if let Some(report) = self.poll()? {
                 return Ok(report);
             }
-            if start.elapsed() >= timeout {
+            let waited = start.elapsed();
+            if waited >= timeout {
                 let what = format_args!("the measurement of gradient norm {}", self.generation);
                 return Err(Error::timed_out(what, timeout));
             }
-            if backoff.is_completed() {
-                std::thread::sleep(LOOK_PAUSE);
+            if waited < EAGER {
+                backoff.snooze(); // spins at first, and then yields
             } else {
-                backoff.snooze();
+                std::thread::sleep(LOOK_PAUSE);
             }
         }
     }
