@@ -84,10 +84,13 @@ impl Watch {
     /// Adds up what has passed since. Waits for nothing.
     pub fn collect(&mut self) {
         while let Some((timer, part)) = self.running.front() {
-            let Ok(Some(took)) = timer.poll() else { return };
+            let Ok(Some(took)) = timer.took() else { return };
             let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
             Counters::add((part.total)(&self.counters), ns(took));
-            if let Ok(since) = timer.start_since(&self.base) {
+            // When it was is for the timeline alone, and to ask costs as much as how long it took.
+            if self.timeline.is_enabled()
+                && let Ok(since) = timer.start_since(&self.base)
+            {
                 let start_ns = self.base_ns.saturating_add(ns(since));
                 let end_ns = start_ns.saturating_add(ns(took));
                 self.timeline.span(part.track, part.name, part.index, start_ns, end_ns, part.size_bytes);
