@@ -14,7 +14,7 @@ use std::process::Command;
 use annulus_gpu::Result;
 use annulus_gpu::site::Site;
 use annulus_gpu::time::model::like_gpt2;
-use annulus_gpu::time::{BUCKETS, Step, Trainer, alone};
+use annulus_gpu::time::{BUCKETS, Bare, Step, Trainer, alone};
 use serde_json::Value;
 use support::on_virtual_gpu;
 
@@ -95,6 +95,12 @@ fn a_step_by_operations_is_whole() {
         let events = calls["cuEventRecord"] + calls["cuStreamWaitEvent"];
         assert_eq!(calls["cuLaunchKernel"] + events, Step::ENQUEUED);
         note("a step by operations", &calls);
+        // What stands beside it as its limit asks the driver for as much.
+        let [kernels, bare] = of_step(&mut Bare::new(site).unwrap(), Bare::step, Bare::settle);
+        assert_eq!(launches(&kernels), [("store_words", Step::LAUNCHES)]);
+        for call in ["cuLaunchKernel", "cuEventRecord", "cuStreamWaitEvent"] {
+            assert_eq!(bare[call], calls[call], "{call}");
+        }
     });
 }
 
@@ -144,6 +150,9 @@ fn every_figure_of_host_time_is_told() {
         assert_eq!(
             figures.collect::<Vec<_>>(),
             [
+                ("host time of one launch of the smallest kernel", None),
+                ("host time of 13 launches of it, with the events of a step by operations", None),
+                ("host time of the two points of a timer", None),
                 ("host time of a step by operations, 148 tensors in 5 buckets: 13 launches", Some(30.0)),
                 ("host time of one all_reduce of them", None),
                 (by_ddp, Some(30.0)),

@@ -12,6 +12,7 @@ use annulus::ops::cuda::{GradientNorm, Measure, Skip};
 use annulus::world::{Environment, World, WorldOptions};
 
 use super::Spread;
+use super::bare::Bare;
 use super::model::{gpt2, like_gpt2, tensors};
 use super::step::Step;
 use super::trainer::Trainer;
@@ -48,6 +49,9 @@ pub fn host_cost(scale: Scale) -> Result<()> {
         Scale::Full => (gpt2(), Extent { bursts: 200, pending: PENDING }),
     };
     let what = format!("{} tensors in {BUCKETS} buckets", lens.len());
+    if let Err(error) = bare(&site, extent) {
+        check("host time of bare calls", Duration::ZERO, |_| Err(error));
+    }
     for (name, cost) in [("by operations", by_operations as fn(_, _, _, _) -> _), ("by Ddp", by_ddp)] {
         if let Err(error) = cost(&site, &lens, extent, &what) {
             check(format!("host time of a step {name}"), Duration::ZERO, |_| Err(error));
@@ -67,6 +71,19 @@ pub fn alone() -> Result<World> {
 /// How a step measures its norm.
 pub fn clipped(grad_scale: Option<&View>) -> Measure<'_> {
     Measure { norm_type: NormType::L2, max_norm: 1.0, grad_scale, skip: Skip::Nonfinite }
+}
+
+/// What the driver takes for the same calls: what a step costs beyond that is this crate's.
+fn bare(site: &Site, extent: Extent) -> Result<()> {
+    let mut bare = Bare::new(site)?;
+    let spread = per_call(extent, 1, &mut bare, Bare::launch, Bare::settle)?;
+    figure("host time of one launch of the smallest kernel", spread.median, "us");
+    let spread = per_call(extent, Step::ENQUEUED, &mut bare, Bare::step, Bare::settle)?;
+    let what = format!("host time of {} launches of it, with the events of a step by operations", Step::LAUNCHES);
+    figure(what, spread.median, "us");
+    let spread = per_call(extent, 2, &mut bare, Bare::time, Bare::settle)?;
+    figure("host time of the two points of a timer", spread.median, "us");
+    Ok(())
 }
 
 fn by_operations(site: &Site, lens: &[usize], extent: Extent, what: &str) -> Result<()> {

@@ -1,5 +1,6 @@
 //! How long operations take on the device, beside the time in which the same card copies as many bytes.
 
+mod bare;
 pub mod cases;
 mod host_cost;
 pub mod model;
@@ -7,6 +8,7 @@ mod step;
 mod stopwatch;
 mod trainer;
 
+pub use bare::Bare;
 pub use host_cost::{BUCKETS, alone, host_cost};
 pub use step::Step;
 pub use stopwatch::{Spread, Stopwatch};
