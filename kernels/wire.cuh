@@ -39,7 +39,14 @@ DEVICE Pack<T, W> load(const T* from) {
 #pragma unroll
     for (uint32_t i = 0; i < W * sizeof(T) / PACK_BYTES; ++i) {
       const uint4* at = reinterpret_cast<const uint4*>(from) + i;
-      words[i] = KEEP == EVICT_FIRST ? __ldcs(at) : *at;
+      if constexpr (KEEP == EVICT_FIRST) {
+        asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
+                     : "l"(__cvta_generic_to_global(at))
+                     : "memory");
+      } else {
+        words[i] = *at;
+      }
     }
   } else {
 #pragma unroll
@@ -160,7 +167,8 @@ struct Words {
     for (uint32_t i = 0; i < W * sizeof(T) / 4; ++i) {
       uint64_t word = 0;
       const auto has_come = [&] { return static_cast<uint32_t>((word = look_word(words + i)) >> 32) == slot.generation; };
-      if (wait_until(patience, has_come) != ARRIVED) lost = true;
+      // One deadline for a thread, not one for each of its words.
+      if (!lost && wait_until(patience, has_come) != ARRIVED) lost = true;
       both.payload[i] = static_cast<uint32_t>(word);
     }
     return both.pack;

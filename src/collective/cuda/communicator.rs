@@ -419,6 +419,7 @@ impl Communicator {
                 }
                 Runner::Stepwise(stepper) => {
                     let site = Site { world: &self.world, kernels: &self.kernels, stream, records: &self.records };
+                    debug_assert!(!plan.is_one_step, "a geometry in steps sends nothing in words");
                     let (_, table) = self.tables.of(&plan.schedule);
                     let operation = call.sequence as u32;
                     stepper.issue(&site, &Work { operation, dtype: call.dtype(), plan, arguments, table })

@@ -30,7 +30,7 @@ pub(super) fn until_ready(device: &Device, stream: &str, timeout: Duration, ask:
             return Err(Error::timed_out(format_args!("the work of stream {stream}"), timeout));
         }
         if waited < EAGER {
-            std::hint::spin_loop();
+            std::thread::yield_now();
         } else {
             std::thread::sleep(pause.min(timeout.saturating_sub(waited)));
             pause = (pause * 2).min(LONGEST_PAUSE);

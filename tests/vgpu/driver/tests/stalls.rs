@@ -36,6 +36,7 @@ struct Stall {
     way: Way,
     /// All-reduce from one buffer to another, or else a broadcast of rank 0's.
     reduces: bool,
+    algorithm: Option<Algorithm>,
     len_elems: usize,
     stops: usize,
     /// Elements that there are of the input and the output of the rank that stops; of a broadcast, of its one buffer.
@@ -67,7 +68,8 @@ impl Stall {
             let met = Together::new(2);
             launch::threads(2, |environment| {
                 let rank = Rank::join(environment);
-                let options = Options { timeout: Some(TIMEOUT), way: Some(self.way), ..Options::default() };
+                let (timeout, way, algorithm) = (Some(TIMEOUT), Some(self.way), self.algorithm);
+                let options = Options { timeout, way, algorithm, ..Options::default() };
                 let mut communicator = rank.communicator(options);
                 communicator.barrier(&rank.stream).unwrap();
                 communicator.synchronize(PATIENCE).unwrap();
@@ -123,6 +125,7 @@ fn a_new_job(rank: &Rank) {
 const WORDS: Stall = Stall {
     way: Way::Persistent,
     reduces: false,
+    algorithm: None,
     len_elems: 16_384,
     stops: 0,
     sound_elems: [5_000, 1],
@@ -176,8 +179,9 @@ fn a_root_whose_elements_are_not_taken_waits_for_a_free_slot() {
 fn a_term_that_does_not_come_is_waited_for_in_reduce_scatter() {
     let stall = Stall {
         reduces: true,
-        len_elems: 20_000,
-        sound_elems: [10_000, 20_000],
+        algorithm: Some(Algorithm::Ring),
+        len_elems: 200,
+        sound_elems: [100, 200],
         place: "reduce-scatter step 0, round 0, chunk 1: waiting for data",
         generations: [1, 0],
         ..WORDS
@@ -202,9 +206,10 @@ fn a_term_that_does_not_come_is_waited_for_in_one_step() {
 /// Rank 1's shard of the sum, which it has no room for.
 const NO_ROOM: Stall = Stall {
     reduces: true,
-    len_elems: 20_000,
+    algorithm: Some(Algorithm::Ring),
+    len_elems: 200,
     stops: 1,
-    sound_elems: [20_000, 10_000],
+    sound_elems: [200, 100],
     place: "all-gather step 1, round 0, chunk 1: waiting for data",
     generations: [2, 1],
     ..WORDS

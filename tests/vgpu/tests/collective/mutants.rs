@@ -150,7 +150,7 @@ fn first_catch(module: &Module, slots: u32, detect_races: bool) -> (By, String) 
         for protocol in [Protocol::Bulk, Protocol::Words] {
             for algorithm in [Algorithm::Ring, Algorithm::Direct] {
                 let shape = Shape { protocol, slots, slot_bytes: 1024, threads: 64, ..Shape::new(3) };
-                for check in [sums, squares, mismatch, absence, abort, steps] {
+                for check in [sums, one_step, squares, mismatch, absence, abort, steps] {
                     if let Err(failure) = check(module, shape, algorithm, &options) {
                         return (kind_of(&failure), failure.to_string());
                     }
@@ -186,6 +186,20 @@ fn sums(module: &Module, shape: Shape, algorithm: Algorithm, options: &Options) 
             op: ReduceOp::Avg,
             ..Operation::new(Collective::AllReduce, algorithm, len_elems)
         };
+        trial(&mut world, module, &operation, &inputs::<f32>(&operation, 3, rough), options, false)?;
+    }
+    Ok(())
+}
+
+/// The same where words go to everybody at once.
+fn one_step(module: &Module, shape: Shape, algorithm: Algorithm, options: &Options) -> Check {
+    if (shape.protocol, algorithm) != (Protocol::Words, Algorithm::Direct) {
+        return Ok(());
+    }
+    let mut world = World::new(shape);
+    for len_elems in [100, 75, 90] {
+        let operation = Operation::new(Collective::AllReduce, algorithm, len_elems);
+        let operation = Operation { timeout_ns: 3_000_000, one_step: true, ..operation };
         trial(&mut world, module, &operation, &inputs::<f32>(&operation, 3, rough), options, false)?;
     }
     Ok(())
