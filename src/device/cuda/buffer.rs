@@ -166,7 +166,8 @@ impl Buffer {
     }
 
     /// Copies `elements` into the buffer in the order of `stream`. They may be changed when the call returns: the driver
-    /// has taken them by then (CUDA Driver API, 2, "API synchronization behavior", for pageable memory).
+    /// has taken them by then (CUDA Driver API, 2, "API synchronization behavior", for pageable memory). For more than 64 KiB it
+    /// waits, as long as that takes, until the stream has come there; [`Staging`](super::Staging) is for who does not.
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`], [`Error::LengthMismatch`]; [`Error::InvalidArgument`] for a stream of another device;

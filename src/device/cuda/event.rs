@@ -9,7 +9,7 @@ use super::bindings::{Answer, cuEventCreate, cuEventDestroy, cuEventQuery};
 use super::context::Device;
 use super::graph::Capture;
 use super::wait::until_ready;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A point in a stream's order: recording marks it, waiting waits for the point recorded last at the time of the call. An
 /// event never recorded is complete. Clones are the same event. It measures no time, which would cost some.
@@ -59,6 +59,7 @@ impl Event {
     /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; [`Error::Capture`](crate::Error::Capture) if it was recorded
     /// in one; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
+        check_recording(&self.0.device, self.slot().as_ref(), "cuEventQuery")?;
         self.0.device.bind()?;
         until_ready(&self.0.device, "of an event", timeout, || self.ask())
     }
@@ -79,6 +80,16 @@ impl Event {
     pub(super) fn raw(&self) -> sys::CUevent {
         self.0.event
     }
+}
+
+/// Refuses `operation` of an event recorded last in `capture`, if that is over: the driver's own answer, which is
+/// CUDA_ERROR_INVALID_VALUE, does not say why, and ends a capture that asks.
+pub(super) fn check_recording(device: &Device, capture: Option<&Capture>, operation: &'static str) -> Result<()> {
+    if capture.is_some_and(|capture| !capture.is_open()) {
+        let reason = "the event was recorded last in a capture that is over".to_owned();
+        return Err(Error::Capture { device: device.ordinal(), operation, reason });
+    }
+    Ok(())
 }
 
 impl Drop for Core {

@@ -98,15 +98,20 @@ impl Device {
 }
 
 fn free_now(device: &Device, free: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
-    // This thread captures nothing, so that nothing here is unsafe for a capture: not for one in global mode either, which
-    // would be ended by whoever frees, in whichever thread.
+    // This thread captures nothing.
+    harmless(|| if device.bind().is_ok() { free(device) } else { Ok(()) })
+}
+
+/// Runs `work`, which the driver calls potentially unsafe, so that no capture prohibits it and is ended by it: one of this
+/// thread would be, and one in global mode of any. Only for what nothing captured can miss.
+pub(super) fn harmless<T>(work: impl FnOnce() -> T) -> T {
     let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as u32;
     // SAFETY: reads a mode, and writes the one before.
-    let _ = unsafe { cuThreadExchangeStreamCaptureMode(&mut mode) };
-    if device.bind().is_err() {
-        return Ok(());
-    }
-    free(device)
+    let exchange = |mode: &mut u32| unsafe { cuThreadExchangeStreamCaptureMode(mode) };
+    let _ = exchange(&mut mode);
+    let done = work();
+    let _ = exchange(&mut mode);
+    done
 }
 
 /// Says why memory is kept. After a fault it is all the same, and said by whoever found it.

@@ -5,8 +5,8 @@
 //! loop { .. new numbers in device memory ..; graph.launch(&stream)?; }
 //! ```
 //! Other streams take part by events: what waits for an event recorded in the capture joins it, and must be waited for by
-//! `stream` before the end. Whatever is not enqueued work fails inside: allocating, reading, synchronizing, events recorded
-//! before.
+//! `stream` before the end. Whatever is not enqueued work fails inside: allocating, reading, synchronizing, though with another
+//! stream, events recorded before.
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,7 @@ use super::bindings::{
     cuGraphDestroy, cuGraphExecDestroy, cuGraphInstantiate, cuGraphLaunch, cuStreamBeginCapture, cuStreamEndCapture,
 };
 use super::context::{Device, Uuid};
+use super::free::harmless;
 use super::stream::Stream;
 use crate::error::{Error, Result};
 
@@ -71,7 +72,7 @@ impl Drop for Graph {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: instantiated by `capture`, destroyed once; the driver lets a launch in flight end first.
-            let _ = unsafe { cuGraphExecDestroy(self.executable) };
+            let _ = harmless(|| unsafe { cuGraphExecDestroy(self.executable) });
         }
     }
 }
@@ -138,10 +139,11 @@ impl Stream {
         // Kernels keep the priority of the stream they were captured on.
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
         let mut executable = std::ptr::null_mut();
-        // SAFETY: writes one handle; a graph that was captured just now.
-        let made = unsafe { cuGraphInstantiate(&mut executable, graph, u64::from(flags.0)) };
-        // SAFETY: as above, and destroyed once; what was instantiated from it lives on.
-        let destroyed = unsafe { cuGraphDestroy(graph) };
+        // SAFETY: writes one handle; a graph that was captured just now, and is destroyed once: what was instantiated from it
+        // lives on.
+        let make =
+            || unsafe { (cuGraphInstantiate(&mut executable, graph, u64::from(flags.0)), cuGraphDestroy(graph)) };
+        let (made, destroyed) = harmless(make); // this thread may capture on another stream
         device.check(made)?;
         let graph = Graph { device: device.clone(), executable, kept };
         device.check(destroyed)?;
@@ -206,7 +208,7 @@ impl Drop for Open<'_> {
             && let Ok((graph, _)) = self.end()
         {
             // SAFETY: captured just now, and used by nobody.
-            let _ = unsafe { cuGraphDestroy(graph) };
+            let _ = harmless(|| unsafe { cuGraphDestroy(graph) });
         }
     }
 }

@@ -49,7 +49,8 @@ pub struct Shape {
 }
 
 impl Kernels {
-    /// Compiles the PTX of every module for `device` and loads every function in it.
+    /// Compiles the PTX of every module for `device` and loads every function in it. The driver waits meanwhile for whatever
+    /// runs on the device, as no manual says: not to be done while a kernel there waits for a peer that waits for this.
     ///
     /// # Errors
     /// What the driver says.

@@ -11,7 +11,7 @@ use super::bindings::{
     cuStreamWaitEvent, cuStreamWaitValue32, cuStreamWriteValue32,
 };
 use super::context::Device;
-use super::event::Event;
+use super::event::{Event, check_recording};
 use super::graph::Capture;
 use super::wait::until_ready;
 use crate::error::{Error, Result};
@@ -103,11 +103,13 @@ impl Stream {
     /// wait. If the event was recorded in a capture, the stream joins it.
     ///
     /// # Errors
-    /// [`Error::Capture`] if only one of the two is in a capture, or another thread's; what the driver says.
+    /// [`Error::Capture`] if only the stream is in a capture, or one is in another thread's, or the event was recorded in one
+    /// that is over; what the driver says.
     pub fn wait(&self, event: &Event) -> Result<()> {
         let mut access = self.access()?;
         let capture = event.slot();
-        let capture = capture.as_ref().filter(|capture| capture.is_open());
+        let capture = capture.as_ref();
+        check_recording(&self.0.device, capture, "cuStreamWaitEvent")?;
         self.check_thread(capture)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as u32;
         // SAFETY: both live; the driver remembers the recording, so the event may be destroyed or recorded anew.
