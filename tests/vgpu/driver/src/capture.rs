@@ -3,7 +3,9 @@
 //! Rules are those of the CUDA Programming Guide, 4.2.2.1.2 ("Creating a Graph Using Stream Capture"; "Guide" below), codes
 //! those that DAPI 6.1, `CUresult`, describes for them; CuPy's `test_graph.py`, which runs on GPUs, shows which code comes
 //! from which call. "When an invalid operation is attempted during stream capture, any associated capture graphs are
-//! invalidated" (Guide, "Invalidation"): so does every refusal here.
+//! invalidated" (Guide, "Invalidation"): so does every refusal here that does not say otherwise.
+//!
+//! What no document says was asked of driver 580.159.04, CUDA 13.0, on an H100: "seen" below, and in the rest of this driver.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -29,7 +31,8 @@ impl Mode {
             0 => Ok(Mode::Global),
             1 => Ok(Mode::ThreadLocal),
             2 => Ok(Mode::Relaxed),
-            // DAPI 6.18: among the codes of `cuStreamBeginCapture` and `cuThreadExchangeStreamCaptureMode`.
+            // DAPI 6.18: among the codes of `cuStreamBeginCapture` and `cuThreadExchangeStreamCaptureMode`; the second was seen
+            // to take 7, and is stricter here.
             _ => refuse(Status::INVALID_VALUE, "a capture mode that is none"),
         }
     }
@@ -105,14 +108,14 @@ fn of<'c>(captures: &'c mut Captures, stream: &Stream) -> Option<(u64, &'c mut C
 
 /// `cuStreamBeginCapture`: "Capture may not be initiated if stream is CU_STREAM_LEGACY", and "only be initiated if the stream
 /// is not already in capture mode" (DAPI 6.18). The second is CUDA_ERROR_ILLEGAL_STATE, "not in a valid state to perform the
-/// requested operation" (DAPI 6.1).
+/// requested operation" (DAPI 6.1). Seen: the capture goes on.
 pub(crate) fn begin(stream: &Stream, mode: Mode) -> Result<()> {
     if stream.is_default() {
         return refuse(Status::STREAM_CAPTURE_UNSUPPORTED, "cuStreamBeginCapture of the legacy default stream");
     }
     let (captures, next) = &mut *CAPTURES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, capture)) = of(captures, stream) {
-        return capture.fail(Status::ILLEGAL_STATE, "cuStreamBeginCapture of a stream that captures");
+    if of(captures, stream).is_some() {
+        return refuse(Status::ILLEGAL_STATE, "cuStreamBeginCapture of a stream that captures");
     }
     let members = HashMap::from([(stream.handle, Member::new(stream, Vec::new()))]);
     let thread = std::thread::current().id();
@@ -122,9 +125,10 @@ pub(crate) fn begin(stream: &Stream, mode: Mode) -> Result<()> {
     Ok(())
 }
 
-/// `cuStreamEndCapture`. Unless it is refused for where it is called, all streams of the capture leave it, also when there
-/// is no graph. DAPI 6.18: "Capture must have been initiated on hStream"; in another thread, the capture not being relaxed, it
-/// is CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD. DAPI 6.1: CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "not initiated in this stream".
+/// `cuStreamEndCapture`. Unless it is refused for the stream it is called on, all streams of the capture leave it, also when
+/// there is no graph. DAPI 6.18: "Capture must have been initiated on hStream"; DAPI 6.1: if not, it is
+/// CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "not initiated in this stream". In another thread, the capture not being relaxed, it
+/// is CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD. Seen: it is over then, too.
 pub(crate) fn end(stream: &Stream) -> Result<Graph> {
     with(|captures| {
         let Some((number, capture)) = of(captures, stream) else {
@@ -133,10 +137,10 @@ pub(crate) fn end(stream: &Stream) -> Result<Graph> {
         if capture.origin != stream.handle {
             return capture.fail(Status::STREAM_CAPTURE_UNMATCHED, "cuStreamEndCapture of a stream that only joined");
         }
-        if capture.mode != Mode::Relaxed && capture.thread != std::thread::current().id() {
-            return capture.fail(Status::STREAM_CAPTURE_WRONG_THREAD, "cuStreamEndCapture in another thread");
-        }
         let Some(capture) = captures.remove(&number) else { return Err(Status::UNKNOWN) };
+        if capture.mode != Mode::Relaxed && capture.thread != std::thread::current().id() {
+            return refuse(Status::STREAM_CAPTURE_WRONG_THREAD, "cuStreamEndCapture in another thread");
+        }
         if !capture.is_valid {
             // DAPI 6.18: "If capture was invalidated .. then a NULL graph will be returned."
             return refuse(Status::STREAM_CAPTURE_INVALIDATED, "cuStreamEndCapture of an invalid capture: no graph");
@@ -151,16 +155,10 @@ pub(crate) fn end(stream: &Stream) -> Result<Graph> {
     })
 }
 
-/// A stream that is destroyed takes no more work, so its capture is lost.
+/// A stream that is destroyed: its capture is over if it began there, and seen to go on if the stream only joined. What the
+/// stream did in it must be joined as before.
 pub(crate) fn leave(stream: &Stream) {
-    with(|captures| {
-        if let Some((number, capture)) = of(captures, stream) {
-            capture.is_valid = false;
-            if capture.origin == stream.handle {
-                captures.remove(&number);
-            }
-        }
-    });
+    with(|captures| captures.retain(|_, capture| capture.origin != stream.handle));
 }
 
 /// `CUstreamCaptureStatus`
@@ -201,15 +199,21 @@ pub(crate) fn record(stream: &Stream, event: &Event) -> Result<bool> {
 
 /// `cuStreamWaitEvent` where the stream captures or the event was last recorded in a capture; false for neither. Refused as
 /// DAPI 6.1 has it: ISOLATION for a dependency "which crosses the capture sequence boundary", MERGE "of two independent
-/// capture sequences", CAPTURED_EVENT for "an event which was last recorded in a capturing stream", IMPLICIT for a
-/// "dependency on a current capture sequence from cudaStreamLegacy".
+/// capture sequences", IMPLICIT for a "dependency on a current capture sequence from cudaStreamLegacy". Seen: INVALID_VALUE if
+/// the event's capture is over or invalid; and there is nothing to wait for in an event that was never recorded.
 pub(crate) fn wait(stream: &Stream, event: &Event) -> Result<bool> {
     let captured = event.captured();
     with(|captures| match (of(captures, stream).map(|(number, _)| number), captured) {
         (None, None) => Ok(false),
+        (Some(_), None) if event.recording().is_none() => Ok(true),
         (Some(own), None) => {
             let why = "a capturing stream waits for an event that was not recorded in the capture";
             captures.get_mut(&own).map_or(Ok(true), |own| own.fail(Status::STREAM_CAPTURE_ISOLATION, why))
+        }
+        (own, Some(event)) if !captures.get(&event.capture).is_some_and(|capture| capture.is_valid) => {
+            let (status, why) = (Status::INVALID_VALUE, "a stream waits for an event of a capture that is over");
+            let own = own.and_then(|own| captures.get_mut(&own));
+            own.map_or_else(|| refuse(status, why), |own| own.fail(status, why))
         }
         (Some(own), Some(event)) if own != event.capture => {
             let why = "a capturing stream waits for an event of another capture";
@@ -219,9 +223,7 @@ pub(crate) fn wait(stream: &Stream, event: &Event) -> Result<bool> {
             captures.get_mut(&own).map_or(Ok(true), |own| own.fail(Status::STREAM_CAPTURE_MERGE, why))
         }
         (own, Some(event)) => {
-            let Some(capture) = captures.get_mut(&event.capture) else {
-                return refuse(Status::CAPTURED_EVENT, "a stream waits for an event of a capture that has ended");
-            };
+            let Some(capture) = captures.get_mut(&event.capture) else { return Err(Status::UNKNOWN) };
             if stream.is_default() {
                 let why = "the legacy default stream waits for an event of a capture";
                 return capture.fail(Status::STREAM_CAPTURE_IMPLICIT, why);
@@ -241,14 +243,25 @@ pub(crate) fn wait(stream: &Stream, event: &Event) -> Result<bool> {
 // ---- what is refused ---------------------------------------------------------------------------------------------------
 
 /// Guide, "Prohibited and Unhandled Operations": "It is invalid to synchronize or query the execution status of a stream
-/// which is being captured".
-pub(crate) fn check_question(stream: &Stream) -> Result<()> {
+/// which is being captured". Seen: the code is the same when the capture is invalid already; and so is that of
+/// `cuStreamGetFlags`, `cuGraphUpload` and `cuGraphLaunch`.
+pub(crate) fn check_not_captured(stream: &Stream, call: &str) -> Result<()> {
     with(|captures| match of(captures, stream) {
         Some((_, capture)) => {
-            capture.fail(Status::STREAM_CAPTURE_UNSUPPORTED, "a capturing stream is synchronized or queried")
+            capture.is_valid = false;
+            refuse(Status::STREAM_CAPTURE_UNSUPPORTED, &format!("{call} of a capturing stream"))
         }
         None => Ok(()),
     })
+}
+
+/// A launch that is refused for what it is: seen to invalidate the capture of its stream.
+pub(crate) fn invalidate(stream: &Stream) {
+    with(|captures| {
+        if let Some((_, capture)) = of(captures, stream) {
+            capture.is_valid = false;
+        }
+    });
 }
 
 /// As above, of "a broader handle which encompasses an active stream capture, such as a device or context handle".
@@ -259,15 +272,17 @@ pub(crate) fn check_context_question(device: usize) -> Result<()> {
     })
 }
 
-/// As above, of "a captured event": DAPI 6.1, CUDA_ERROR_CAPTURED_EVENT.
-pub(crate) fn check_event(event: &Event) -> Result<()> {
+/// As above, of "a captured event": DAPI 6.1, CUDA_ERROR_CAPTURED_EVENT. Seen: CUDA_ERROR_INVALID_VALUE if its capture is over
+/// or invalid; and that the capture goes on (`harms` not) if the time between events is asked for.
+pub(crate) fn check_event(event: &Event, harms: bool) -> Result<()> {
     let Some(Captured { capture, .. }) = event.captured() else { return Ok(()) };
-    with(|captures| {
-        if let Some(capture) = captures.get_mut(&capture) {
-            capture.is_valid = false;
+    with(|captures| match captures.get_mut(&capture).filter(|capture| capture.is_valid) {
+        Some(capture) => {
+            capture.is_valid = !harms;
+            refuse(Status::CAPTURED_EVENT, "an event last recorded in a capture is synchronized or queried")
         }
-    });
-    refuse(Status::CAPTURED_EVENT, "an event last recorded in a capture is synchronized or queried")
+        None => refuse(Status::INVALID_VALUE, "an event last recorded in a capture that is over is asked for"),
+    })
 }
 
 /// As above: "When any stream in the same context is being captured, and it was not created with cudaStreamNonBlocking, any
@@ -288,8 +303,10 @@ fn makes_legacy_wait(capture: &Capture, device: usize) -> bool {
 
 /// DAPI 6.18, `cuThreadExchangeStreamCaptureMode`: which captures prohibit the thread from "potentially unsafe API calls". Of
 /// these the reference names `cudaMalloc`, for being "not enqueued asynchronously to a stream, and not observed by stream
-/// capture". What is of that kind counts here: allocations and their ends, registration, modules, IPC, copies and fills that
-/// wait; and `cuEventQuery`, which ended captures in other threads (pytorch pull request 105182).
+/// capture". Seen to be of that kind: allocations and their ends, of pools too; registration; the end of a module; questions to
+/// streams and events, and waits for them; the beginning and the end of an executable graph. Seen not to be: loading a module;
+/// copies and fills that wait; virtual memory; streams and events and their ends. IPC handles count here: of those of others
+/// nothing was seen.
 pub(crate) fn check_unsafe(call: &str) -> Result<()> {
     let (mode, thread) = (MODE.get(), std::thread::current().id());
     let why = format!("{call}, which a capture prohibits as potentially unsafe");

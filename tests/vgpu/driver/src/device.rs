@@ -157,12 +157,12 @@ pub(crate) fn can_access_peer(number: i32, peer: i32) -> Result<bool> {
     Ok(number != peer && SETTINGS.peers != Peers::None)
 }
 
-/// DAPI 6.31, `cuCtxEnablePeerAccess`: CUDA_ERROR_INVALID_CONTEXT "if the current context is peerContext",
-/// CUDA_ERROR_PEER_ACCESS_UNSUPPORTED if `cuDeviceCanAccessPeer` says so, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED if access
-/// "has already been enabled".
+/// DAPI 6.31, `cuCtxEnablePeerAccess`: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED if `cuDeviceCanAccessPeer` says so, and as seen, for
+/// the current context itself; the reference has CUDA_ERROR_INVALID_CONTEXT. CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED if
+/// access "has already been enabled".
 pub(crate) fn enable_peer(number: usize, peer: usize) -> Result<()> {
     if number == peer {
-        return refuse(Status::INVALID_CONTEXT, "cuCtxEnablePeerAccess for the current context itself");
+        return refuse(Status::PEER_ACCESS_UNSUPPORTED, "cuCtxEnablePeerAccess for the current context itself");
     }
     if SETTINGS.peers == Peers::None {
         return Err(Status::PEER_ACCESS_UNSUPPORTED);

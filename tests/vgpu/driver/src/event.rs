@@ -114,7 +114,8 @@ impl Event {
         let (Some(start), Some(end)) = (self.recording(), end.recording()) else {
             return refuse(Status::INVALID_HANDLE, "the time between events that were not both recorded");
         };
-        let (start, end) = (start.reached().clone(), end.reached().clone());
+        let start = start.reached().clone(); // one after the other: both may be the same
+        let end = end.reached().clone();
         match (start, end) {
             (Some(start), Some(end)) => {
                 races::host_learns(&start.clock);

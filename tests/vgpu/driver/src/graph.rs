@@ -7,7 +7,7 @@ use crate::capture;
 use crate::event::Event;
 use crate::handles::Handles;
 use crate::races::{self, Actor, Clock};
-use crate::status::{Result, Status, refuse};
+use crate::status::{Result, Status};
 use crate::stream::{Stream, Work};
 
 /// One operation, and which of the graph's nodes, all before it in the list, have to be done first.
@@ -129,10 +129,7 @@ pub(crate) fn instantiate(graph: u64) -> Result<u64> {
 /// hGraphExec."
 pub(crate) fn launch(executable: u64, stream: u64) -> Result<()> {
     let (stream, executable) = (Stream::of(stream)?, EXECUTABLES.get(executable)?);
-    // Stricter than CUDA, where it becomes a node of the graph: graphs here have none in them.
-    if capture::is_capturing(&stream) {
-        return refuse(Status::NOT_SUPPORTED, "cuGraphLaunch into a capture: graphs in graphs");
-    }
+    capture::check_not_captured(&stream, "cuGraphLaunch")?;
     let (before, launch) = executable.launches.mark();
     // Also in a context that has failed: whoever waits for the launch goes on; the nodes look for themselves.
     stream.submit_always(move || {

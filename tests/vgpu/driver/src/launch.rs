@@ -6,6 +6,7 @@ use std::time::Instant;
 use annulus_vgpu::{Arguments, Launch, Options, run};
 
 use crate::allocations::{self, View};
+use crate::capture;
 use crate::device::{self, BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, SHARED_BYTES_PER_MULTIPROCESSOR};
 use crate::device::{THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR};
 use crate::module::Function;
@@ -71,7 +72,7 @@ fn check(function: &Function, shape: &Shape) -> Result<usize> {
 
 /// Appends a launch with the bytes of its parameters.
 pub(crate) fn launch(stream: &Stream, function: Function, shape: Shape, parameters: Vec<u8>) -> Result<()> {
-    let resident_blocks = check(&function, &shape)?;
+    let resident_blocks = check(&function, &shape).inspect_err(|_| capture::invalidate(stream))?;
     let number = stream.device;
     stream.submit(move || {
         let launch = Launch {

@@ -76,7 +76,7 @@ fn file_at(address: u64) -> Option<(MemoryId, u64)> {
         let (start, end, offset, inode) = (hex(start)?, hex(end)?, hex(offset)?, inode.parse::<u64>().ok()?);
         let (major, minor) = device.split_once(':')?;
         let device = rustix::fs::makedev(hex(major)? as u32, hex(minor)? as u32);
-        ((start..end).contains(&address) && inode != 0).then_some(((device, inode), offset + (address - start)))
+        ((start..end).contains(&address) && inode != 0).then(|| ((device, inode), offset + (address - start)))
     })
 }
 

@@ -54,6 +54,9 @@ const PTX_BY_DRIVER: [(i32, f32); 9] = [
     (13_010, 9.1),
 ];
 
+/// The architecture of the device.
+const CAPABILITY: u32 = 90;
+
 /// Reads PTX; the second is the text for the JIT's error log. DAPI 6.10, `cuModuleLoadData`; DAPI 6.1:
 /// CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "compiled with an unsupported toolchain"; CUDA_ERROR_INVALID_PTX, "compilation failed".
 pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
@@ -62,6 +65,12 @@ pub(crate) fn load(text: &str) -> std::result::Result<u64, (Status, String)> {
     let version = text.lines().find_map(|line| line.trim().strip_prefix(".version")?.trim().parse::<f32>().ok());
     if version.is_some_and(|version| version > newest) {
         return Err((Status::UNSUPPORTED_PTX_VERSION, format!("PTX .version is newer than {newest}")));
+    }
+    // Seen for a newer architecture, which would need a compiler for the device that there is.
+    let target = text.lines().find_map(|line| line.trim().strip_prefix(".target")?.trim().strip_prefix("sm_"));
+    let target = target.map(|target| target.trim_end_matches(|c: char| !c.is_ascii_digit()));
+    if target.and_then(|target| target.parse().ok()).is_some_and(|target: u32| target > CAPABILITY) {
+        return Err((Status::INVALID_PTX, format!("PTX .target is newer than sm_{CAPABILITY}")));
     }
     // Held while it is read: ranks that start together wait for the first instead of reading the same.
     let mut state = state();
@@ -89,7 +98,9 @@ pub(crate) fn function(handle: u64, name: &str) -> Result<u64> {
     let found = module.kernels().iter().position(|kernel| kernel.name() == name);
     let index = found.ok_or(Status::NOT_FOUND)?;
     let function = NEXT.fetch_add(0x10, Ordering::Relaxed);
-    let max_dynamic_shared_bytes = crate::device::SHARED_BYTES_PER_BLOCK;
+    // Seen to be what static shared memory leaves.
+    let static_bytes = module.kernels()[index].shared_bytes();
+    let max_dynamic_shared_bytes = crate::device::SHARED_BYTES_PER_BLOCK.saturating_sub(static_bytes);
     state.functions.insert(function, Function { module, index, owner: handle, max_dynamic_shared_bytes });
     Ok(function)
 }
@@ -101,7 +112,8 @@ pub(crate) const FIRST_TO_LOAD_AT_LAUNCH: i32 = 12_040;
 
 /// Puts a function's code on the device, if it is not there. "Loading kernels might require context synchronization"
 /// (CUDA C++ Programming Guide 12.2, "Lazy Loading", "Concurrent Execution"): here it always does, so a program that loads
-/// while a kernel waits for it is found out.
+/// while a kernel waits for it is found out. Seen: small kernels do not wait; one with 8 KiB of local memory does at its first
+/// launch, also where it was loaded before, which this driver does not show.
 pub(crate) fn load_function(function: u64, device: usize) -> Result<()> {
     let function = get(function)?;
     let kernel = (function.owner, function.index);

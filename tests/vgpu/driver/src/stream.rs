@@ -218,14 +218,14 @@ impl Stream {
 
     /// Waits for everything given so far; then the context's error, if there is one.
     pub fn synchronize(&self) -> Result<()> {
-        capture::check_question(self)?;
+        capture::check_not_captured(self, "cuStreamSynchronize")?;
         self.predecessors().iter().for_each(|(progress, number)| races::host_learns(&progress.wait(*number)));
         races::host_learns(&self.progress.wait(self.submitted()));
         device::check_sticky(self.device)
     }
 
     pub fn is_idle(&self) -> Result<bool> {
-        capture::check_question(self)?;
+        capture::check_not_captured(self, "cuStreamQuery")?;
         let submitted = self.submitted();
         let completed = self.progress.completed();
         let is_idle = completed.number >= submitted;

@@ -88,18 +88,18 @@ pub(crate) fn export(handle: u64) -> Result<i32> {
                 "export of memory made without CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR",
             );
         }
-        // Inherited by programs that this one starts: the manual does not say that it is not.
+        // Inherited by programs that this one starts: the manual does not say that it is not, though it was seen.
         Ok(rustix::io::dup(&physical.memory).map_err(|_| Status::OPERATING_SYSTEM)?.into_raw_fd())
     })
 }
 
-/// `cuMemImportFromShareableHandle`; the caller keeps its descriptor. CUDA_ERROR_INVALID_VALUE is among its codes.
+/// `cuMemImportFromShareableHandle`; the caller keeps its descriptor. CUDA_ERROR_UNKNOWN was seen for one that is no handle.
 pub(crate) fn import(descriptor: BorrowedFd<'_>) -> Result<u64> {
-    let memory = descriptor.try_clone_to_owned().map_err(|_| Status::INVALID_VALUE)?;
-    let len_bytes = rustix::fs::fstat(&memory).map_err(|_| Status::INVALID_VALUE)?.st_size;
-    let len_bytes = usize::try_from(len_bytes).map_err(|_| Status::INVALID_VALUE)?;
+    let memory = descriptor.try_clone_to_owned().map_err(|_| Status::UNKNOWN)?;
+    let len_bytes = rustix::fs::fstat(&memory).map_err(|_| Status::UNKNOWN)?.st_size;
+    let len_bytes = usize::try_from(len_bytes).map_err(|_| Status::UNKNOWN)?;
     let Some(number) = device_of(descriptor).filter(|_| is_granular(len_bytes)) else {
-        return refuse(Status::INVALID_VALUE, "cuMemImportFromShareableHandle of a descriptor that is no such handle");
+        return refuse(Status::UNKNOWN, "cuMemImportFromShareableHandle of a descriptor that is no such handle");
     };
     keep(Physical { memory, len_bytes, device: number, exportable: true, owned: false })
 }
@@ -131,14 +131,15 @@ pub(crate) fn free_addresses(address: u64, len_bytes: usize) -> Result<()> {
 }
 
 /// `cuMemMap`: memory from the beginning of a handle's ("offset .. currently must be zero"), no more than it has, "a multiple"
-/// of the granularity, into a reservation, where it is "not currently mapped".
+/// of the granularity, at one, into a reservation, where it is "not currently mapped".
 pub(crate) fn map(address: u64, len_bytes: usize, offset_bytes: usize, handle: u64) -> Result<()> {
     with(|state| {
         let physical = state.handles.get(&handle).cloned().ok_or(Status::INVALID_VALUE)?;
         let end = address.checked_add(len_bytes as u64).ok_or(Status::INVALID_VALUE)?;
         let inside = state.reserved.range(..=address).next_back();
         let inside = inside.is_some_and(|(start, reserved)| end <= start + *reserved as u64);
-        if !inside || !is_granular(len_bytes) || offset_bytes != 0 || len_bytes > physical.len_bytes {
+        let is_granular = is_granular(len_bytes) && address.is_multiple_of(GRANULARITY_BYTES as u64);
+        if !inside || !is_granular || offset_bytes != 0 || len_bytes > physical.len_bytes {
             return refuse(Status::INVALID_VALUE, "cuMemMap outside the reservation, or of more than the memory");
         }
         let before = state.mapped.range(..end).next_back();

@@ -179,23 +179,6 @@ fn launches_of_one_graph_do_not_overlap_and_wait_for_their_stream() {
     });
 }
 
-#[test]
-fn a_graph_that_outlives_its_memory_fails_aloud() {
-    on_virtual_gpu("a_graph_that_outlives_its_memory_fails_aloud", &[], || {
-        context();
-        let (word, stream) = (alloc(4), stream());
-        // SAFETY: the memory is freed too early, which is what is tested; the driver is virtual.
-        unsafe {
-            begin_capture(stream, LOCAL).unwrap();
-            result::memset_d8_async(word, 1, 4, stream).unwrap();
-            let graph = executable(end_capture(stream).unwrap());
-            result::free_sync(word).unwrap();
-            result::graph::launch(graph, stream).unwrap();
-            assert_eq!(code(synchronize(stream)), CUDA_ERROR_ILLEGAL_ADDRESS);
-        }
-    });
-}
-
 // ---- what a capture refuses --------------------------------------------------------------------------------------------
 
 /// That `refused` is, in a capture of a stream of `kind` and `mode`, with `expected`; that the capture is lost then, and the
@@ -217,7 +200,24 @@ fn check_refused(
         assert_eq!(sys::cuStreamEndCapture(stream, &mut graph), CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         assert!(graph.is_null());
         assert_eq!(is_capturing(stream).unwrap(), CU_STREAM_CAPTURE_STATUS_NONE);
-        synchronize(stream).unwrap();
+        begin_capture(stream, mode).unwrap();
+        end_capture(stream).unwrap();
+    }
+}
+
+/// That `work` gives `expected` in a capture of a stream that does not block, and the capture goes on.
+#[track_caller]
+fn check_harmless(
+    mode: CUstreamCaptureMode,
+    expected: sys::CUresult,
+    work: impl FnOnce(sys::CUstream) -> Result<(), DriverError>,
+) {
+    let stream = stream();
+    // SAFETY: the stream lives.
+    unsafe {
+        begin_capture(stream, mode).unwrap();
+        assert_eq!(code(work(stream)), expected);
+        end_capture(stream).unwrap();
     }
 }
 
@@ -225,19 +225,34 @@ fn check_refused(
 fn a_capture_has_no_status_to_wait_for() {
     on_virtual_gpu("a_capture_has_no_status_to_wait_for", &[], || {
         context();
-        let unsupported = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-        let event = event();
+        let (unsupported, invalid) = (CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, CUDA_ERROR_INVALID_VALUE);
+        let (event, timed) = (event(), result::event::create(CUevent_flags::CU_EVENT_DEFAULT).unwrap());
+        let mut number = 0;
         // SAFETY: streams and events live.
         unsafe {
             check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| synchronize(stream));
             check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| sys::cuStreamQuery(stream).result());
             check_refused(NON_BLOCKING, RELAXED, unsupported, |_| result::ctx::synchronize());
+            check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| {
+                assert_eq!(code(sys::cuStreamQuery(stream).result()), unsupported);
+                sys::cuStreamQuery(stream).result() // again
+            });
+            check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| {
+                sys::cuStreamGetFlags(stream, &mut number).result()
+            });
+            check_harmless(RELAXED, CUDA_ERROR_CAPTURED_EVENT, |stream| {
+                record(timed, stream)?;
+                result::event::elapsed(timed, timed).map(drop)
+            });
             check_refused(NON_BLOCKING, RELAXED, CUDA_ERROR_CAPTURED_EVENT, |stream| {
                 record(event, stream)?;
                 query(event)
             });
-            assert_eq!(code(sys::cuEventSynchronize(event).result()), CUDA_ERROR_CAPTURED_EVENT, "also afterwards");
-            assert_eq!(code(wait_event(stream(), event, EAGER)), CUDA_ERROR_CAPTURED_EVENT);
+            // That capture is over.
+            assert_eq!(code(query(event)), invalid);
+            assert_eq!(code(sys::cuEventSynchronize(event).result()), invalid);
+            assert_eq!(code(wait_event(stream(), event, EAGER)), invalid);
+            check_refused(NON_BLOCKING, LOCAL, invalid, |stream| wait_event(stream, event, EAGER));
             record(event, stream()).unwrap();
             query(event).map_or_else(|error| assert_eq!(error.0, CUDA_ERROR_NOT_READY), |()| {}); // recorded anew
         }
@@ -251,6 +266,7 @@ fn a_capture_depends_on_nothing_outside_it() {
         let (event, outside) = (event(), stream());
         // SAFETY: streams and events live.
         unsafe {
+            check_harmless(LOCAL, CUDA_SUCCESS, |stream| wait_event(stream, event, EAGER)); // never recorded
             record(event, outside).unwrap();
             let isolation = CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
             check_refused(NON_BLOCKING, LOCAL, isolation, |stream| wait_event(stream, event, EAGER));
@@ -273,19 +289,31 @@ fn a_capture_ends_where_it_began_and_when_all_have_joined() {
         // SAFETY: all live.
         unsafe {
             assert_eq!(code(end_capture(first)), CUDA_ERROR_ILLEGAL_STATE, "none began");
-            check_refused(NON_BLOCKING, LOCAL, CUDA_ERROR_ILLEGAL_STATE, |stream| begin_capture(stream, LOCAL));
+            check_harmless(LOCAL, CUDA_ERROR_ILLEGAL_STATE, |stream| begin_capture(stream, LOCAL));
             check_refused(NON_BLOCKING, LOCAL, CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, |stream| {
                 record(event, stream)?;
                 wait_event(second, event, EAGER)?;
                 end_capture(second).map(drop)
             });
-            check_refused(NON_BLOCKING, LOCAL, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, |stream| {
-                let stream = stream.addr();
+            for (mode, elsewhere) in [
+                (GLOBAL, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD),
+                (LOCAL, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD),
+                (RELAXED, CUDA_SUCCESS),
+            ] {
+                begin_capture(first, mode).unwrap();
+                let stream = first.addr();
                 let other = move || {
                     context();
-                    end_capture(std::ptr::with_exposed_provenance_mut(stream)).map(drop)
+                    code(end_capture(std::ptr::with_exposed_provenance_mut(stream)))
                 };
-                std::thread::spawn(other).join().unwrap()
+                assert_eq!(std::thread::spawn(other).join().unwrap(), elsewhere);
+                assert_eq!(is_capturing(first).unwrap(), CU_STREAM_CAPTURE_STATUS_NONE, "over in each case");
+            }
+            check_harmless(LOCAL, CUDA_SUCCESS, |stream| {
+                let joined = self::stream();
+                record(event, stream)?;
+                wait_event(joined, event, EAGER)?;
+                result::stream::destroy(joined)
             });
             // Unjoined, and then the same with a join.
             for joins in [false, true] {
@@ -321,10 +349,17 @@ fn the_legacy_stream_is_not_captured_and_not_usable_beside_a_blocking_one() {
             begin_capture(blocking, LOCAL).unwrap();
             assert_eq!(code(is_capturing(legacy)), implicit);
             end_capture(blocking).unwrap(); // asking has not invalidated it
-            // Beside one that does not block, the legacy stream works, outside of the graph.
-            begin_capture(stream(), LOCAL).unwrap();
-            result::memset_d8_async(word, 7, 4, legacy).unwrap();
-            synchronize(legacy).unwrap();
+            // Beside one that does not block, the legacy stream works, outside of the graph; its thread may not wait for it.
+            for mode in [LOCAL, GLOBAL] {
+                check_harmless(mode, CUDA_SUCCESS, |_| {
+                    result::memset_d8_async(word, 7, 4, legacy)?;
+                    result::memset_d8_sync(word, 7, 4)
+                });
+                let unsupported = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+                check_refused(NON_BLOCKING, mode, unsupported, |_| synchronize(legacy));
+            }
+            check_harmless(RELAXED, CUDA_SUCCESS, |_| synchronize(legacy));
+            assert_eq!(read(word, 1), [0x0707_0707]);
         }
     });
 }
@@ -334,8 +369,9 @@ fn unsafe_calls_are_refused_as_the_modes_say() {
     on_virtual_gpu("unsafe_calls_are_refused_as_the_modes_say", &[], || {
         context();
         let unsupported = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-        let (word, outside) = (alloc(4), event());
-        // SAFETY: nobody reads the memory; events live.
+        let (word, outside, other) = (alloc(4), event(), stream());
+        let module = Module::load(kernels::SMALL).unwrap();
+        // SAFETY: nobody reads the memory.
         let allocate = || unsafe { result::malloc_sync(4).map(drop) };
         // SAFETY: the call swaps a local value.
         let set_mode = |mut mode| unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }.result().unwrap();
@@ -347,35 +383,64 @@ fn unsafe_calls_are_refused_as_the_modes_say() {
             };
             std::thread::spawn(other).join().unwrap()
         };
-        for mode in [LOCAL, GLOBAL] {
-            check_refused(NON_BLOCKING, mode, unsupported, |_| allocate());
-            check_refused(NON_BLOCKING, mode, unsupported, |_| {
-                // SAFETY: as above.
-                unsafe { query(outside) }
-            });
-            check_refused(NON_BLOCKING, mode, unsupported, |_| {
-                // SAFETY: a word of a live allocation.
-                unsafe { result::memcpy_htod_sync(word, &[0u32]) }
-            });
+        // SAFETY: handles live, and what is destroyed is not used again; words are of a live allocation.
+        unsafe {
+            for mode in [LOCAL, GLOBAL] {
+                let refused = |call: &dyn Fn() -> Result<(), DriverError>| {
+                    check_refused(NON_BLOCKING, mode, unsupported, |_| call())
+                };
+                refused(&allocate);
+                refused(&|| result::free_sync(word));
+                refused(&|| result::free_sync(0));
+                refused(&|| result::malloc_async(other, 4).map(drop));
+                refused(&|| query(outside));
+                refused(&|| sys::cuEventSynchronize(outside).result());
+                refused(&|| sys::cuStreamQuery(other).result());
+                refused(&|| synchronize(other));
+                refused(&|| module.unload());
+                begin_capture(other, LOCAL).unwrap();
+                let graph = end_capture(other).unwrap();
+                refused(&|| result::graph::instantiate(graph, CUgraphInstantiate_flags(0)).map(drop));
+                let executable = executable(graph);
+                refused(&|| result::graph::exec_destroy(executable));
+                check_harmless(mode, CUDA_SUCCESS, |_| {
+                    result::memcpy_htod_sync(word, &[0u32])?;
+                    result::memset_d8_sync(word, 0, 4)?;
+                    Module::load(kernels::SMALL)?.function("add")?;
+                    let gone = result::stream::create(NON_BLOCKING)?;
+                    begin_capture(gone, mode)?;
+                    end_capture(gone)?;
+                    result::stream::destroy(gone)
+                });
+            }
         }
         check_refused(NON_BLOCKING, GLOBAL, unsupported, |_| elsewhere(GLOBAL));
-        let stream = stream();
         for (capture, thread) in [(GLOBAL, LOCAL), (GLOBAL, RELAXED), (LOCAL, GLOBAL), (RELAXED, GLOBAL)] {
-            // SAFETY: the stream lives.
-            unsafe {
-                begin_capture(stream, capture).unwrap();
-                elsewhere(thread).unwrap();
-                end_capture(stream).unwrap();
-            }
+            check_harmless(capture, CUDA_SUCCESS, |_| elsewhere(thread));
         }
         for (capture, thread) in [(RELAXED, GLOBAL), (GLOBAL, RELAXED)] {
             set_mode(thread);
-            // SAFETY: the stream lives.
-            unsafe {
-                begin_capture(stream, capture).unwrap();
-                allocate().unwrap();
-                end_capture(stream).unwrap();
-            }
+            check_harmless(capture, CUDA_SUCCESS, |_| allocate());
         }
+    });
+}
+
+#[test]
+fn what_a_graph_has_no_node_for_is_refused_and_a_refused_launch_too() {
+    on_virtual_gpu("what_a_graph_has_no_node_for_is_refused_and_a_refused_launch_too", &[], || {
+        context();
+        let unsupported = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+        let (other, mut word) = (stream(), alloc(4));
+        let triple = Module::load(kernels::SMALL).unwrap().function("triple").unwrap();
+        // SAFETY: all live.
+        unsafe {
+            begin_capture(other, LOCAL).unwrap();
+            let graph = executable(end_capture(other).unwrap());
+            check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| result::graph::launch(graph, stream));
+            check_refused(NON_BLOCKING, RELAXED, unsupported, |stream| result::graph::upload(graph, stream));
+        }
+        check_refused(NON_BLOCKING, RELAXED, CUDA_ERROR_INVALID_VALUE, |stream| {
+            launch(triple, 1025, stream, &mut [(&raw mut word).cast()])
+        });
     });
 }

@@ -62,36 +62,40 @@ fn an_illegal_access_sticks_to_the_context() {
     on_virtual_gpu("an_illegal_access_sticks_to_the_context", &[], || {
         context();
         let function = Module::load(kernels::SMALL).unwrap().function("add").unwrap();
-        let data = alloc(4 * 8);
-        write(data, &[0; 8]);
-        add(function, data, 1, 9).unwrap(); // one thread beyond the end; the launch itself succeeds
+        let data = alloc(4);
+        add(function, 0, 1, 1).unwrap(); // the launch itself succeeds
         let illegal = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
         assert_eq!(code(result::ctx::synchronize()), illegal);
         // SAFETY: a call that must be refused.
         assert_eq!(code(unsafe { result::malloc_sync(4) }), illegal);
         assert_eq!(code(add(function, data, 1, 1)), illegal);
+        result::ctx::get_current().unwrap();
+        let mut device = -1;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuCtxGetDevice(&mut device) }.result().unwrap();
+        assert_eq!(device, 0, "whose context it is can be asked");
     });
 }
 
 #[test]
 fn what_cuda_refuses_is_refused() {
-    on_virtual_gpu("what_cuda_refuses_is_refused", &[("ANNULUS_VGPU_MEMORY_BYTES", "1048576")], || {
+    on_virtual_gpu("what_cuda_refuses_is_refused", &[], || {
         let unready = code(result::device::get_count());
         assert_eq!(unready, CUresult::CUDA_ERROR_NOT_INITIALIZED);
         result::init().unwrap();
-        assert_eq!(code(result::device::get(1)), CUresult::CUDA_ERROR_INVALID_DEVICE);
+        let beyond = result::device::get_count().unwrap();
+        assert_eq!(code(result::device::get(beyond)), CUresult::CUDA_ERROR_INVALID_DEVICE);
         // SAFETY: calls that must be refused, or whose memory nobody reads.
         unsafe {
             assert_eq!(code(result::malloc_sync(4)), CUresult::CUDA_ERROR_INVALID_CONTEXT);
             context();
             assert_eq!(code(result::malloc_sync(0)), CUresult::CUDA_ERROR_INVALID_VALUE);
-            assert_eq!(code(result::malloc_sync(2 << 20)), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+            assert_eq!(code(result::malloc_sync(1 << 40)), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
             let data = result::malloc_sync(64).unwrap();
             assert_eq!(code(result::memcpy_htod_sync(data + 4, &[0u32; 16])), CUresult::CUDA_ERROR_INVALID_VALUE);
             assert_eq!(code(result::free_sync(data + 4)), CUresult::CUDA_ERROR_INVALID_VALUE);
             let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
             let invalid = CUresult::CUDA_ERROR_INVALID_VALUE;
-            assert_eq!(sys::cuIpcGetMemHandle(&mut handle, data + 4), invalid, "an interior pointer");
             let pool = result::malloc_async(std::ptr::null_mut(), 64).unwrap();
             assert_eq!(sys::cuIpcGetMemHandle(&mut handle, pool), invalid, "memory of a pool");
             sys::cuIpcGetMemHandle(&mut handle, data).result().unwrap();
@@ -101,67 +105,79 @@ fn what_cuda_refuses_is_refused() {
             assert_eq!(sys::cuIpcCloseMemHandle(data), invalid, "not opened");
             result::free_sync(data).unwrap();
             assert_eq!(code(result::free_sync(data)), invalid, "twice");
+            result::free_sync(0).unwrap();
+            let mut host = vec![0u32; 1 << 20];
+            sys::cuMemHostRegister_v2(host.as_mut_ptr().cast(), 8192, 0).result().unwrap();
+            assert_eq!(sys::cuMemHostUnregister(host[1024..].as_mut_ptr().cast()), invalid, "in the middle");
+            sys::cuMemHostUnregister(host.as_mut_ptr().cast()).result().unwrap();
+            let again = sys::cuMemHostUnregister(host.as_mut_ptr().cast());
+            assert_eq!(again, CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
+            let mut own_context = std::ptr::null_mut();
+            sys::cuCtxGetCurrent(&mut own_context).result().unwrap();
+            let peer = sys::cuCtxEnablePeerAccess(own_context, 0);
+            assert_eq!(peer, CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED, "of itself");
         }
         let module = Module::load(kernels::SMALL).unwrap();
         assert_eq!(code(module.function("absent")), CUresult::CUDA_ERROR_NOT_FOUND);
         assert_eq!(code(Module::load(".version 8.2\nnonsense")), CUresult::CUDA_ERROR_INVALID_PTX);
         let newer = kernels::SMALL.replace("8.2", "9.9");
         assert_eq!(code(Module::load(&newer)), CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
-        assert_eq!(code(add(module.function("add").unwrap(), 0, 0, 1025)), CUresult::CUDA_ERROR_INVALID_VALUE);
+        let newer = kernels::SMALL.replace("sm_80", "sm_100").replace("8.2", "8.8");
+        assert_eq!(code(Module::load(&newer)), CUresult::CUDA_ERROR_INVALID_PTX);
+        let function = module.function("add").unwrap();
+        assert_eq!(code(add(function, 0, 0, 1025)), CUresult::CUDA_ERROR_INVALID_VALUE);
+        // SAFETY: a live function.
+        let no_attribute =
+            unsafe { sys::cuFuncSetAttribute(function, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX, 1) };
+        assert_eq!(no_attribute, CUresult::CUDA_ERROR_INVALID_VALUE);
     });
 }
 
-/// Whether the first launch of `add`, its function loaded before or not, waits for a kernel that is running.
-fn first_launch_waits(is_loaded: bool) -> bool {
-    context();
-    let module = Module::load(kernels::SMALL).unwrap();
-    let (spin, add_function) = (module.function("spin").unwrap(), module.function("add").unwrap());
-    let (mut flag, data) = (alloc(4), alloc(4));
+/// Whether `work` waits for a kernel that runs on the stream it is given.
+fn waits(work: impl FnOnce(sys::CUstream) + Send + 'static) -> bool {
+    let spin = Module::load(kernels::SMALL).unwrap().function("spin").unwrap();
+    let mut flag = alloc(4);
     write(flag, &[0]);
-    write(data, &[0]);
     let (first, second) =
         (result::stream::create(NON_BLOCKING).unwrap(), result::stream::create(NON_BLOCKING).unwrap());
-    if is_loaded {
-        // SAFETY: a function of a loaded module.
-        unsafe { sys::cuFuncLoad(add_function) }.result().unwrap();
-    }
     launch(spin, 1, first, &mut [(&raw mut flag).cast()]).unwrap();
-    let (sender, launched) = std::sync::mpsc::channel();
-    let (function, stream) = (add_function.addr(), second.addr());
+    let (sender, done) = std::sync::mpsc::channel();
+    let stream = first.addr();
     let other = std::thread::spawn(move || {
         context();
-        let (mut data, mut one) = (data, 1u32);
-        let arguments = &mut [(&raw mut data).cast(), (&raw mut one).cast()];
-        let handle = std::ptr::with_exposed_provenance_mut(function);
-        launch(handle, 1, std::ptr::with_exposed_provenance_mut(stream), arguments).unwrap();
+        work(std::ptr::with_exposed_provenance_mut(stream));
         sender.send(()).unwrap();
     });
-    let waits = launched.recv_timeout(Duration::from_millis(300)).is_err();
-    // SAFETY: streams live; the flag is a word of device memory.
-    unsafe {
-        let third = result::stream::create(NON_BLOCKING).unwrap();
-        sys::cuStreamWriteValue32_v2(third, flag, 1, 0).result().unwrap();
-        other.join().unwrap();
-        result::stream::synchronize(second).unwrap();
-    }
-    assert_eq!(read(data, 1), [1]);
+    let waits = done.recv_timeout(Duration::from_millis(300)).is_err();
+    // SAFETY: a stream that lives; the flag is a word of device memory.
+    unsafe { sys::cuStreamWriteValue32_v2(second, flag, 1, 0) }.result().unwrap();
+    other.join().unwrap();
+    result::ctx::synchronize().unwrap();
     waits
 }
 
 #[test]
-fn a_kernel_is_loaded_lazily_by_an_idle_device() {
-    on_virtual_gpu("a_kernel_is_loaded_lazily_by_an_idle_device", &[], || {
-        assert!(first_launch_waits(false));
-        assert!(!first_launch_waits(true));
+fn some_calls_wait_for_kernels() {
+    on_virtual_gpu("some_calls_wait_for_kernels", &[], || {
+        context();
+        let data = alloc(4 << 20);
+        let elements = |len_bytes| vec![0u8; len_bytes];
+        // SAFETY: what is freed is not used any more; the copies fit.
+        unsafe {
+            assert!(waits(|_| Module::load(kernels::SMALL).map(drop).unwrap()));
+            assert!(!waits(|_| _ = alloc(4)));
+            assert!(waits(|_| result::free_sync(alloc(4)).unwrap()));
+            assert!(!waits(|_| result::free_sync(0).unwrap()));
+            assert!(!waits(|_| write(alloc(4), &[1])));
+            let small = elements(64 << 10);
+            assert!(!waits(move |stream| result::memcpy_htod_async(data, &small, stream).unwrap()));
+            let large = elements(4 << 20);
+            assert!(
+                waits(move |stream| result::memcpy_htod_async(data, &large, stream).unwrap()),
+                "from pageable memory"
+            );
+        }
     });
-}
-
-#[test]
-fn a_kernel_is_loaded_early_where_asked_for_and_by_old_drivers() {
-    let name = "a_kernel_is_loaded_early_where_asked_for_and_by_old_drivers";
-    for variables in [("CUDA_MODULE_LOADING", "EAGER"), ("ANNULUS_VGPU_DRIVER_VERSION", "12020")] {
-        on_virtual_gpu(name, &[variables], || assert!(!first_launch_waits(false)));
-    }
 }
 
 /// Opens a handle, adds 1 to each word by a kernel, closes it again.
@@ -193,48 +209,40 @@ fn importer() {
 
 /// Frees memory when it is told to.
 #[test]
-fn early_exporter() {
-    as_peer("early_exporter", || {
+fn exporter() {
+    as_peer("exporter", || {
         context();
-        for _ in 0..2 {
-            let data = alloc(64);
-            let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
-            // SAFETY: the allocation's base.
-            unsafe { sys::cuIpcGetMemHandle(&mut handle, data) }.result().unwrap();
-            say(hex(&handle.reserved.map(i8::cast_unsigned)));
-            assert_eq!(listen(), "free");
-            // SAFETY: perhaps too early for the importer, as is tested; the driver is virtual.
-            unsafe { result::free_sync(data) }.unwrap();
-            say("freed");
-        }
+        let data = alloc(4 << 20);
+        let mut handle = sys::CUipcMemHandle_st { reserved: [0; 64] };
+        // SAFETY: the allocation's base.
+        unsafe { sys::cuIpcGetMemHandle(&mut handle, data) }.result().unwrap();
+        say(hex(&handle.reserved.map(i8::cast_unsigned)));
+        listen();
+        // SAFETY: the importer has closed it.
+        unsafe { result::free_sync(data) }.unwrap();
+        say("freed");
+        listen();
     });
 }
 
-/// Undefined in CUDA (Driver API, 6.13, `cuIpcOpenMemHandle`), so this driver ends the process that does it.
 #[test]
-fn memory_is_not_freed_before_its_importer_closes_it() {
-    on_virtual_gpu("memory_is_not_freed_before_its_importer_closes_it", &[], || {
+fn a_handle_of_freed_memory_is_not_opened() {
+    on_virtual_gpu("a_handle_of_freed_memory_is_not_opened", &[], || {
         context();
-        let mut peer = Peer::start("early_exporter", &[]);
-        let open = |peer: &mut Peer| {
-            let bytes = unhex(&peer.hear());
-            let handle = sys::CUipcMemHandle_st { reserved: std::array::from_fn(|i| bytes[i].cast_signed()) };
-            let mut address = 0;
-            // SAFETY: a handle from the exporter.
-            unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1) }.result().unwrap();
-            (address, handle)
-        };
-        let (mut address, handle) = open(&mut peer);
-        // SAFETY: opened above, and closed once; then the handle of memory that is gone.
+        let mut peer = Peer::start("exporter", &[]);
+        let bytes = unhex(&peer.hear());
+        let handle = sys::CUipcMemHandle_st { reserved: std::array::from_fn(|i| bytes[i].cast_signed()) };
+        let mut address = 0;
+        // SAFETY: a handle from the exporter; what is opened is closed once.
         unsafe {
+            sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1).result().unwrap();
             sys::cuIpcCloseMemHandle(address).result().unwrap();
             peer.tell("free");
             assert_eq!(peer.hear(), "freed");
+            assert_eq!(sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            peer.finish();
             assert_eq!(sys::cuIpcOpenMemHandle_v2(&mut address, handle, 1), CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
-        open(&mut peer);
-        peer.tell("free");
-        assert_eq!(peer.signal(), Some(6), "SIGABRT");
     });
 }
 

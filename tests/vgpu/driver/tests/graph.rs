@@ -153,10 +153,12 @@ fn what_a_graph_cannot_repeat_is_refused() {
         let data = Buffer::zeroed(&device, DType::F32, LEN).unwrap().view();
         let event = Event::new(&device).unwrap();
         check_refused(&one, "cuMemAlloc", || Buffer::zeroed(&device, DType::F32, 1).map(drop));
-        check_refused(&one, "cuModuleLoadData", || Kernels::load(&device).map(drop));
+        // They are loaded; it is the wait before they are unloaded that ends the capture.
+        check_refused(&one, "cuStreamEndCapture", || Kernels::load(&device).map(drop));
         check_refused(&one, "cuMemcpyHtoDAsync", || data.write(&[0.0f32; LEN], &one));
         check_refused(&one, "cuStreamQuery", || data.read(&mut [0.0f32; LEN], &one, PATIENCE));
         check_refused(&one, "cuStreamQuery", || one.synchronize(PATIENCE));
+        check_refused(&one, "cuStreamQuery", || second.synchronize(PATIENCE)); // which is no part of it
         check_refused(&one, "cuStreamBeginCapture", || one.capture(|| Ok(())).map(drop));
         check_refused(&one, "cuEventQuery", || {
             one.record(&event)?;
@@ -164,6 +166,12 @@ fn what_a_graph_cannot_repeat_is_refused() {
         });
         second.record(&event).unwrap();
         check_refused(&one, "cuStreamWaitEvent", || one.wait(&event));
+        // An event of a capture that is over.
+        one.capture(|| one.record(&event)).unwrap();
+        check_refused(&one, "cuStreamWaitEvent", || one.wait(&event));
+        for refused in [second.wait(&event), event.synchronize(PATIENCE)] {
+            assert!(matches!(refused, Err(Error::Capture { .. })), "{refused:?}");
+        }
         check_refused(&one, "cuStreamEndCapture", || {
             one.record(&event)?;
             second.wait(&event)?;
@@ -174,6 +182,26 @@ fn what_a_graph_cannot_repeat_is_refused() {
         let mut graph = one.capture(|| data.zero(&one)).unwrap();
         check_refused(&one, "cuGraphLaunch", || graph.launch(&one));
         graph.launch(&one).unwrap();
+    });
+}
+
+#[test]
+fn graphs_come_and_go_in_a_capture() {
+    on_virtual_gpu("graphs_come_and_go_in_a_capture", &[], || {
+        let device = device(0);
+        let (one, second) = (stream(&device), stream(&device));
+        let data = Buffer::zeroed(&device, DType::F32, LEN).unwrap().view();
+        let old = second.capture(|| data.zero(&second)).unwrap();
+        let mut inner = None;
+        let capture = || {
+            drop(old);
+            inner = Some((Kernels::load(&device)?, second.capture(|| data.zero(&second))?));
+            data.zero(&one)
+        };
+        one.capture(capture).unwrap().launch(&one).unwrap();
+        let (loaded, mut inner) = inner.unwrap();
+        inner.launch(&one).unwrap();
+        assert!(loaded.resident_blocks("scale_tensors", ELEMENTWISE_THREADS).unwrap() > 0);
     });
 }
 

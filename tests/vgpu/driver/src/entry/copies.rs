@@ -1,9 +1,9 @@
 //! DAPI 6.13: copies and fills.
 //!
 //! When a copy reads and writes is as DAPI 2, "API synchronization behavior", says: from pageable host memory the bytes are
-//! taken before the call returns; into pageable host memory they have arrived when it returns; anything else is done in the
-//! stream's order, so a buffer that is changed too early is copied changed. A captured copy reads and writes whenever its
-//! graph runs, pageable memory, too.
+//! taken before the call returns, many of them when the stream has come there; into pageable host memory they have arrived
+//! when it returns; anything else is done in the stream's order, so a buffer that is changed too early is copied changed. A
+//! captured copy reads and writes whenever its graph runs, pageable memory, too.
 
 use crate::allocations::{self, Allocation};
 use crate::capture;
@@ -12,6 +12,11 @@ use crate::mapping::Mapping;
 use crate::races;
 use crate::status::{Result, Status, answer};
 use crate::stream::{LEGACY, Stream};
+
+/// So much of pageable memory is taken at once: a copy "of a memory block of 64 KB or less" is asynchronous (CUDA C++ Programming
+/// Guide 12.2, "Concurrent Execution between Host and Device"). For more "the driver may synchronize with the stream", as it
+/// was seen to do for 4 MiB.
+const TAKEN_BYTES: usize = 64 << 10;
 
 /// Bytes copied at a time.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -82,6 +87,9 @@ fn copy(to: Side, from: Side, len_bytes: usize, stream: u64, wait: bool) -> Resu
     let device = stream.device;
     let is_captured = capture::is_capturing(&stream);
     let taken = from.is_pageable() && !is_captured;
+    if taken && len_bytes > TAKEN_BYTES {
+        stream.synchronize()?;
+    }
     if let Some(bytes) = taken.then(|| read(from, device, len_bytes)).flatten() {
         stream.submit(move || {
             let _ = to.with(device, len_bytes, |to, offset| {
@@ -119,10 +127,7 @@ fn copy_call(len_bytes: usize, call: Call, sides: impl FnOnce() -> Result<(Side,
     }
     let (to, from) = sides()?;
     match call {
-        Call::Synchronous { waits } => {
-            capture::check_unsafe("a synchronous copy")?;
-            copy(to, from, len_bytes, LEGACY, waits)
-        }
+        Call::Synchronous { waits } => copy(to, from, len_bytes, LEGACY, waits),
         Call::Async(stream) => copy(to, from, len_bytes, stream, false),
     }
 }
@@ -208,10 +213,7 @@ fn fill(to: u64, byte: u8, len_bytes: usize, call: &Call) -> Result<()> {
     }
     let to = Side::device(to, len_bytes)?;
     let stream = match call {
-        Call::Synchronous { .. } => {
-            capture::check_unsafe("a synchronous fill")?;
-            LEGACY
-        }
+        Call::Synchronous { .. } => LEGACY,
         Call::Async(stream) => *stream,
     };
     let stream = Stream::of(stream)?;

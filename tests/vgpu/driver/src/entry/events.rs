@@ -56,10 +56,10 @@ extern "C" fn cuEventRecord(handle: u64, stream: u64) -> u32 {
 extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 {
     answer(|| {
         let (event, stream) = (event(handle)?, Stream::of(stream)?);
-        // CU_EVENT_WAIT_EXTERNAL: "This flag is invalid outside of stream capture." Within one it is refused, too, which is
-        // stricter than CUDA: graphs here have no nodes of events.
+        // CU_EVENT_WAIT_EXTERNAL: "This flag is invalid outside of stream capture", seen to be CUDA_ERROR_ILLEGAL_STATE. Within
+        // one it is refused, too, which is stricter than CUDA: graphs here have no nodes of events.
         if flags != 0 {
-            let status = if capture::is_capturing(&stream) { Status::NOT_SUPPORTED } else { Status::INVALID_VALUE };
+            let status = if capture::is_capturing(&stream) { Status::NOT_SUPPORTED } else { Status::ILLEGAL_STATE };
             return refuse(status, "cuStreamWaitEvent with flags");
         }
         if refusal::drops_wait(stream.device) {
@@ -77,7 +77,8 @@ extern "C" fn cuStreamWaitEvent(stream: u64, handle: u64, flags: c_uint) -> u32 
 extern "C" fn cuEventSynchronize(handle: u64) -> u32 {
     answer(|| {
         let event = event(handle)?;
-        capture::check_event(&event)?;
+        capture::check_event(&event, true)?;
+        capture::check_unsafe("cuEventSynchronize")?;
         if let Some(recording) = event.recording() {
             races::host_learns(&recording.wait());
         }
@@ -90,7 +91,7 @@ extern "C" fn cuEventQuery(handle: u64) -> u32 {
     answer(|| {
         let event = event(handle)?;
         device::current()?;
-        capture::check_event(&event)?;
+        capture::check_event(&event, true)?;
         capture::check_unsafe("cuEventQuery")?;
         // DAPI 6.19: "if any captured work is incomplete".
         if event.is_complete() { Ok(()) } else { Err(Status::NOT_READY) }
@@ -99,10 +100,18 @@ extern "C" fn cuEventQuery(handle: u64) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventElapsedTime(ms: Out<f32>, start: u64, end: u64) -> u32 {
-    answer(|| {
-        let (start, end) = (event(start)?, event(end)?);
-        capture::check_event(&start)?;
-        capture::check_event(&end)?;
-        ms.give(start.elapsed_ms(&end)?)
-    })
+    answer(|| elapsed(&ms, start, end))
+}
+
+/// Of CUDA 12.8; what cudarc calls.
+#[unsafe(no_mangle)]
+extern "C" fn cuEventElapsedTime_v2(ms: Out<f32>, start: u64, end: u64) -> u32 {
+    answer(|| elapsed(&ms, start, end))
+}
+
+fn elapsed(ms: &Out<f32>, start: u64, end: u64) -> Result<()> {
+    let (start, end) = (event(start)?, event(end)?);
+    capture::check_event(&start, false)?;
+    capture::check_event(&end, false)?;
+    ms.give(start.elapsed_ms(&end)?)
 }

@@ -54,6 +54,7 @@ const USE_NODE_PRIORITY: c_ulonglong = 8;
 extern "C" fn cuGraphInstantiateWithFlags(executable: Out<u64>, graph: u64, flags: c_ulonglong) -> u32 {
     answer(|| {
         device::current()?;
+        capture::check_unsafe("cuGraphInstantiate")?;
         if flags & !USE_NODE_PRIORITY != 0 {
             return refuse(Status::NOT_SUPPORTED, "cuGraphInstantiate with flags for what graphs here do not have");
         }
@@ -70,14 +71,17 @@ extern "C" fn cuGraphLaunch(executable: u64, stream: u64) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphUpload(executable: u64, stream: u64) -> u32 {
     answer(|| {
-        Stream::of(stream)?;
+        capture::check_not_captured(&*Stream::of(stream)?, "cuGraphUpload")?;
         EXECUTABLES.get(executable).map(drop)
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphExecDestroy(executable: u64) -> u32 {
-    answer(|| EXECUTABLES.remove(executable))
+    answer(|| {
+        capture::check_unsafe("cuGraphExecDestroy")?;
+        EXECUTABLES.remove(executable)
+    })
 }
 
 #[unsafe(no_mangle)]

@@ -32,11 +32,15 @@ extern "C" fn cuMemAlloc_v2(address: Out<u64>, len_bytes: usize) -> u32 {
 }
 
 /// Waits for the device first: a kernel in flight may use the memory, and CUDA gives no promise that it may be freed under it.
+/// Nothing is freed of a null pointer, which was seen.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFree_v2(address: u64) -> u32 {
     answer(|| {
         let number = device::current()?;
         capture::check_unsafe("cuMemFree")?;
+        if address == 0 {
+            return Ok(());
+        }
         let _ = Stream::synchronize_device(number); // its error comes back from the next call
         allocations::remove(address, "cuMemFree", |kind| matches!(kind, Kind::Device | Kind::Pool)).map(drop)
     })
@@ -47,7 +51,8 @@ extern "C" fn cuMemFree_v2(address: u64) -> u32 {
 extern "C" fn cuMemAllocAsync(address: Out<u64>, len_bytes: usize, stream: u64) -> u32 {
     answer(|| {
         let stream = Stream::of(stream)?;
-        check_not_captured(&stream)?;
+        check_no_node(&stream)?;
+        capture::check_unsafe("cuMemAllocAsync")?;
         let allocated = allocations::allocate(len_bytes, Kind::Pool, stream.device)?;
         let (allocation, _) = allocations::range(allocated, len_bytes)?;
         // Nobody may use it before the stream has come there.
@@ -62,7 +67,8 @@ extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> u32 {
         // DAPI 6.15: INVALID_VALUE is among its codes.
         allocations::range(address, 1)?;
         let stream = Stream::of(stream)?;
-        check_not_captured(&stream)?;
+        check_no_node(&stream)?;
+        capture::check_unsafe("cuMemFreeAsync")?;
         stream.submit_always(move || {
             // Refused aloud; there is nobody to return it to.
             let _ = allocations::remove(address, "cuMemFreeAsync", |kind| kind == Kind::Pool);
@@ -71,7 +77,7 @@ extern "C" fn cuMemFreeAsync(address: u64, stream: u64) -> u32 {
 }
 
 /// Stricter than CUDA: captured, both become nodes of the graph (DAPI 6.15), which this driver does not have.
-fn check_not_captured(stream: &Stream) -> Result<()> {
+fn check_no_node(stream: &Stream) -> Result<()> {
     if capture::is_capturing(stream) {
         return refuse(Status::NOT_SUPPORTED, "memory of a pool in a capture");
     }
@@ -161,8 +167,12 @@ extern "C" fn cuMemHostUnregister(address: u64) -> u32 {
         capture::check_unsafe("cuMemHostUnregister")?;
         let _ = Stream::synchronize_device(number);
         let removed = allocations::remove(address, "cuMemHostUnregister", |kind| kind == Kind::Registered);
-        // DAPI 6.1: the pointer "does not correspond to any currently registered memory region".
-        removed.map(drop).map_err(|_| Status::HOST_MEMORY_NOT_REGISTERED)
+        // DAPI 6.1: the pointer "does not correspond to any currently registered memory region". Seen: CUDA_ERROR_INVALID_VALUE
+        // if it does, and is not its beginning.
+        removed.map(drop).map_err(|_| match allocations::find(&allocations::table(), address, 1) {
+            Some(_) => Status::INVALID_VALUE,
+            None => Status::HOST_MEMORY_NOT_REGISTERED,
+        })
     })
 }
 

@@ -8,14 +8,15 @@ use crate::device;
 use crate::module::{self, FIRST_TO_LOAD_AT_LAUNCH};
 use crate::settings::SETTINGS;
 use crate::status::{Result, Status, answer, refuse};
+use crate::stream::Stream;
 
 /// `CUjit_option`: where the compiler's complaint goes, and how many bytes fit.
 const ERROR_LOG_BUFFER: u32 = 5;
 const ERROR_LOG_BUFFER_SIZE_BYTES: u32 = 6;
 
 fn load(out: &Out<u64>, image: &Text, log: impl FnOnce(&str) -> Result<()>) -> Result<()> {
-    device::current()?;
-    capture::check_unsafe("cuModuleLoadData")?;
+    // Seen to wait for whatever runs on the device, loaded lazily or not.
+    Stream::drain_device(device::current()?);
     match module::load(&image.get()?) {
         Ok(handle) => out.give(handle),
         Err((status, why)) => {
@@ -114,7 +115,8 @@ extern "C" fn cuFuncSetAttribute(function: u64, attribute: u32, value: c_int) ->
             8 => module::allow_dynamic_shared(function, usize::try_from(value).map_err(|_| Status::INVALID_VALUE)?),
             // "Attempting to set a value on a read-only attribute will result in an error (CUDA_ERROR_INVALID_VALUE)".
             0..8 => refuse(Status::INVALID_VALUE, "cuFuncSetAttribute of a read-only attribute"),
-            _ => Ok(()), // preferences
+            9..16 => Ok(()), // preferences
+            _ => refuse(Status::INVALID_VALUE, "cuFuncSetAttribute of an attribute that is none"),
         }
     })
 }

@@ -92,7 +92,6 @@ extern "C" fn cuMemGetAllocationGranularity(bytes: Out<usize>, properties: In<Pr
 #[unsafe(no_mangle)]
 extern "C" fn cuMemCreate(handle: Out<u64>, len_bytes: usize, properties: In<Properties>, flags: c_ulonglong) -> u32 {
     answer(|| {
-        capture::check_unsafe("cuMemCreate")?;
         let Properties { kind, handle_types, location, .. } = properties.get()?;
         // DAPI 6.1, `CUmemAllocationType`: there is no other type. DAPI 6.14: "flags for future use, must be zero now".
         if kind != 1 || flags != 0 {
@@ -165,7 +164,6 @@ extern "C" fn cuMemAddressFree(address: u64, len_bytes: usize) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuMemMap(address: u64, len_bytes: usize, offset: usize, handle: u64, flags: c_ulonglong) -> u32 {
     answer(|| {
-        capture::check_unsafe("cuMemMap")?;
         // "flags for future use, must be zero now".
         if flags == 0 { virtual_memory::map(address, len_bytes, offset, handle) } else { Err(Status::INVALID_VALUE) }
     })
@@ -173,10 +171,7 @@ extern "C" fn cuMemMap(address: u64, len_bytes: usize, offset: usize, handle: u6
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemUnmap(address: u64, len_bytes: usize) -> u32 {
-    answer(|| {
-        capture::check_unsafe("cuMemUnmap")?;
-        virtual_memory::unmap(address, len_bytes)
-    })
+    answer(|| virtual_memory::unmap(address, len_bytes))
 }
 
 #[unsafe(no_mangle)]

@@ -3,6 +3,7 @@
 use std::ffi::{c_int, c_uint, c_void};
 
 use super::Out;
+use crate::capture;
 use crate::device;
 use crate::launch;
 use crate::races;
@@ -33,18 +34,30 @@ extern "C" fn cuStreamGetPriority(stream: u64, priority: Out<c_int>) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamGetFlags(stream: u64, flags: Out<c_uint>) -> u32 {
-    answer(|| flags.give(Stream::of(stream)?.flags))
+    answer(|| {
+        let stream = Stream::of(stream)?;
+        capture::check_not_captured(&stream, "cuStreamGetFlags")?;
+        flags.give(stream.flags)
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamSynchronize(stream: u64) -> u32 {
-    answer(|| Stream::of(stream)?.synchronize())
+    answer(|| {
+        let stream = Stream::of(stream)?;
+        capture::check_unsafe("cuStreamSynchronize")?;
+        stream.synchronize()
+    })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamQuery(stream: u64) -> u32 {
-    // DAPI 6.18: success "if all operations in the stream .. have completed, or CUDA_ERROR_NOT_READY if not".
-    answer(|| if Stream::of(stream)?.is_idle()? { Ok(()) } else { Err(Status::NOT_READY) })
+    answer(|| {
+        let stream = Stream::of(stream)?;
+        capture::check_unsafe("cuStreamQuery")?;
+        // DAPI 6.18: success "if all operations in the stream .. have completed, or CUDA_ERROR_NOT_READY if not".
+        if stream.is_idle()? { Ok(()) } else { Err(Status::NOT_READY) }
+    })
 }
 
 #[unsafe(no_mangle)]

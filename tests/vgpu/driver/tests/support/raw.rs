@@ -43,8 +43,14 @@ impl Module {
         unsafe { result::module::load_data(text.as_ptr().cast()) }.map(Module)
     }
 
+    /// Its functions must not be used any more.
+    pub fn unload(&self) -> Result<(), DriverError> {
+        // SAFETY: a module that was loaded.
+        unsafe { result::module::unload(self.0) }
+    }
+
     pub fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
-        // SAFETY: the module was loaded and is never unloaded.
+        // SAFETY: the module was loaded, and is unloaded by no test before it is used.
         unsafe { result::module::get_function(self.0, CString::new(name).unwrap()) }
     }
 }
