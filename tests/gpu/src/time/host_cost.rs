@@ -46,7 +46,7 @@ pub fn host_cost(scale: Scale) -> Result<()> {
     let (lens, extent) = match scale {
         Scale::Short => (like_gpt2(4, 100, 8), Extent { bursts: 1, pending: 1 }),
         Scale::Quick => (gpt2(), Extent { bursts: 20, pending: PENDING }),
-        Scale::Full => (gpt2(), Extent { bursts: 200, pending: PENDING }),
+        Scale::Full => (gpt2(), Extent { bursts: 50, pending: PENDING }),
     };
     let what = format!("{} tensors in {BUCKETS} buckets", lens.len());
     if let Err(error) = bare(&site, extent) {
