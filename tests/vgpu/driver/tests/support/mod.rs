@@ -2,6 +2,11 @@
 //!
 //! Cargo builds a package's library before its tests, so the driver is never an old one; and it is linked under the name
 //! of the real one only in a folder that such a process alone looks in.
+//!
+//! The bodies also run on a card: `ANNULUS_VGPU_TEST=NAME target/debug/deps/FILE-HASH NAME --exact` takes the driver that the machine
+//! has, and so do the peers that a test starts if a link to it, called libannulus_vgpu_driver.so, lies beside the executable. There
+//! fails whatever needs more devices than there are, a device with little memory, a list of calls, or a device that nobody else
+//! uses, and `stricter.rs`.
 
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
