@@ -19,7 +19,7 @@ pub struct Event(Arc<Core>);
 struct Core {
     device: Device,
     event: sys::CUevent,
-    /// The capture that it was recorded in last. Locked while it is recorded or waited for.
+    /// The capture that it was recorded in last. Locked while it is recorded, or a stream is told to wait for it.
     capture: Mutex<Option<Capture>>,
 }
 
@@ -59,7 +59,10 @@ impl Event {
     /// [`Error::TimedOut`](crate::Error::TimedOut) after `timeout`; [`Error::Capture`](crate::Error::Capture) if it was recorded
     /// in one; what the device failed with.
     pub fn synchronize(&self, timeout: Duration) -> Result<()> {
-        check_recording(&self.0.device, self.slot().as_ref(), "cuEventQuery")?;
+        // Whoever records it or waits for it at this moment may be kept by the driver; this wait has a deadline.
+        if let Ok(slot) = self.0.capture.try_lock() {
+            check_recording(&self.0.device, slot.as_ref(), "cuEventQuery")?;
+        }
         self.0.device.bind()?;
         until_ready(&self.0.device, "of an event", timeout, || self.ask())
     }

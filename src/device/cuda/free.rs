@@ -102,8 +102,9 @@ fn free_now(device: &Device, free: impl FnOnce(&Device) -> Result<()>) -> Result
     harmless(|| if device.bind().is_ok() { free(device) } else { Ok(()) })
 }
 
-/// Runs `work`, which the driver calls potentially unsafe, so that no capture prohibits it and is ended by it: one of this
-/// thread would be, and one in global mode of any. Only for what nothing captured can miss.
+/// Runs `work`, calls that the driver names potentially unsafe, so that no capture prohibits them and is ended by that: one of
+/// this thread would be, and one in global mode of any. Only for what nothing captured can miss. To wait for the whole device
+/// ends its captures all the same.
 pub(super) fn harmless<T>(work: impl FnOnce() -> T) -> T {
     let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as u32;
     // SAFETY: reads a mode, and writes the one before.

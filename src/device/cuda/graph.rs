@@ -5,7 +5,7 @@
 //! loop { .. new numbers in device memory ..; graph.launch(&stream)?; }
 //! ```
 //! Other streams take part by events: what waits for an event recorded in the capture joins it, and must be waited for by
-//! `stream` before the end. Whatever is not enqueued work fails inside: allocating, reading, synchronizing, though with another
+//! `stream` before the end. Whatever is not enqueued work fails inside: allocating, reading, synchronizing, even with another
 //! stream, events recorded before.
 
 use std::any::Any;

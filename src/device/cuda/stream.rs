@@ -103,8 +103,8 @@ impl Stream {
     /// wait. If the event was recorded in a capture, the stream joins it.
     ///
     /// # Errors
-    /// [`Error::Capture`] if only the stream is in a capture, or one is in another thread's, or the event was recorded in one
-    /// that is over; what the driver says.
+    /// [`Error::Capture`] if the stream is in a capture and the event's point is not, or one is in another thread's, or the event
+    /// was recorded in one that is over; what the driver says.
     pub fn wait(&self, event: &Event) -> Result<()> {
         let mut access = self.access()?;
         let capture = event.slot();

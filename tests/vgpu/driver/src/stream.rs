@@ -224,6 +224,14 @@ impl Stream {
         device::check_sticky(self.device)
     }
 
+    /// As [`synchronize`](Stream::synchronize), where a program cannot rely on it: the host learns nothing.
+    pub fn drain(&self) -> Result<()> {
+        capture::check_not_captured(self, "cuStreamSynchronize")?;
+        self.predecessors().iter().for_each(|(progress, number)| drop(progress.wait(*number)));
+        drop(self.progress.wait(self.submitted()));
+        device::check_sticky(self.device)
+    }
+
     pub fn is_idle(&self) -> Result<bool> {
         capture::check_not_captured(self, "cuStreamQuery")?;
         let submitted = self.submitted();

@@ -88,7 +88,7 @@ fn copy(to: Side, from: Side, len_bytes: usize, stream: u64, wait: bool) -> Resu
     let is_captured = capture::is_capturing(&stream);
     let taken = from.is_pageable() && !is_captured;
     if taken && len_bytes > TAKEN_BYTES {
-        stream.synchronize()?;
+        stream.drain()?;
     }
     if let Some(bytes) = taken.then(|| read(from, device, len_bytes)).flatten() {
         stream.submit(move || {
