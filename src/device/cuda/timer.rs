@@ -136,7 +136,7 @@ impl Timer {
 }
 
 fn duration(ms: f32) -> Duration {
-    Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3)
+    Duration::try_from_secs_f64(f64::from(ms.max(0.0)) / 1e3).unwrap_or(Duration::MAX) // whatever the driver says
 }
 
 impl Drop for Timer {

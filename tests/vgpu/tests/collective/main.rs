@@ -34,6 +34,19 @@ fn seeded(seed: u64) -> Options {
     Options { seed, ..Options::default() }
 }
 
+/// Calls a function for each element type.
+macro_rules! of_every_type {
+    ($check:ident, $module:expr) => {
+        $check::<f32>($module);
+        $check::<f16>($module);
+        $check::<bf16>($module);
+        $check::<f64>($module);
+        $check::<i32>($module);
+        $check::<i64>($module);
+        $check::<u8>($module);
+    };
+}
+
 /// An all-reduce that goes to everybody at once.
 fn one_step(len_elems: usize) -> Operation {
     Operation { one_step: true, ..Operation::new(Collective::AllReduce, Algorithm::Direct, len_elems) }
@@ -61,13 +74,7 @@ fn every_element_type_and_reduction_by_every_algorithm_and_protocol() {
         }
     }
     let module = module();
-    check_type::<f32>(&module);
-    check_type::<f16>(&module);
-    check_type::<bf16>(&module);
-    check_type::<f64>(&module);
-    check_type::<i32>(&module);
-    check_type::<i64>(&module);
-    check_type::<u8>(&module);
+    of_every_type!(check_type, &module);
 }
 
 #[test]
@@ -84,13 +91,7 @@ fn one_step_gives_the_bits_of_direct_for_every_type_world_and_length() {
         }
     }
     let module = module();
-    check_type::<f32>(&module);
-    check_type::<f16>(&module);
-    check_type::<bf16>(&module);
-    check_type::<f64>(&module);
-    check_type::<i32>(&module);
-    check_type::<i64>(&module);
-    check_type::<u8>(&module);
+    of_every_type!(check_type, &module);
     for (seed, world_size) in (0..).zip([2, 4, 5, 8]) {
         for len_elems in [1, 403] {
             let (slots, protocol) = (2 + seed as u32 % 2, Protocol::Words);
